@@ -1,0 +1,181 @@
+"""``doctor``: what flowagent needs on this machine, one line each, with the remedy."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from flowagent.cli import output
+from flowagent.cli.session import Command, Session, json_option, pass_session
+from flowagent.errors import FlowagentError
+
+if TYPE_CHECKING:
+    from flowagent.settings import Settings
+
+LEAST_SPACE = 500 << 20
+"""Bytes below which the home's disk is called almost full."""
+LANDLOCK_CREATE_RULESET = 444
+LANDLOCK_VERSION = 1
+"""landlock_create_ruleset(2): with this flag the call only answers the ABI version."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question. ``level``: ok, note (works without it), or failed (must be mended)."""
+
+    check: str
+    level: str
+    detail: str
+    remedy: str | None = None
+
+
+@click.command(cls=Command)
+@json_option()
+@pass_session
+def doctor(session: Session, as_json: bool) -> int:
+    """Check what flowagent needs on this machine; exit code 1 if something that it needs is missing."""
+    import anyio
+
+    settings = session.settings()
+    findings = anyio.run(examine, settings)
+    if as_json:
+        output.print_json(findings)
+    else:
+        width = max(len(finding.check) for finding in findings)
+        for finding in findings:
+            click.echo(_line(finding, width))
+    return 1 if any(finding.level == "failed" for finding in findings) else 0
+
+
+def _line(finding: Finding, width: int) -> str:
+    level = f"{finding.level:<6}"
+    if output.with_colour():
+        level = click.style(level, fg={"ok": "green", "note": "yellow"}.get(finding.level, "red"))
+    remedy = f"; {finding.remedy}" if finding.remedy else ""
+    return f"{level}  {finding.check:<{width}}  {output.on_line(finding.detail + remedy)}"
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """All findings, in the order in which they are best read."""
+    checks: list[Callable[[Settings], Awaitable[Finding]]] = [
+        _python,
+        _home,
+        _space,
+        _store,
+        _launcher,
+        _git,
+        _landlock,
+        _bubblewrap,
+    ]
+    return [await check(settings) for check in checks]
+
+
+async def _python(settings: Settings) -> Finding:
+    import flowagent
+
+    return Finding(
+        "python", "ok", f"{platform.python_version()} at {sys.executable}, flowagent {flowagent.__version__}"
+    )
+
+
+async def _home(settings: Settings) -> Finding:
+    try:
+        with tempfile.NamedTemporaryFile(dir=settings.home, prefix=".doctor-"):
+            pass
+    except OSError as error:
+        return Finding(
+            "home",
+            "failed",
+            f"{settings.home} is not writable: {error.strerror}",
+            f"give it to you: chown {os.geteuid()}",
+        )
+    if settings.home.stat().st_mode & 0o077:
+        return Finding(
+            "home",
+            "note",
+            f"{settings.home} can be entered by others",
+            f"close it: chmod 700 {settings.home}",
+        )
+    return Finding("home", "ok", f"{settings.home} is writable")
+
+
+async def _space(settings: Settings) -> Finding:
+    free = shutil.disk_usage(settings.home).free
+    if free < LEAST_SPACE:
+        return Finding("disk", "note", f"{output.size(free)} free", "make room: flowagent cache prune")
+    return Finding("disk", "ok", f"{output.size(free)} free")
+
+
+async def _store(settings: Settings) -> Finding:
+    from flowagent.store import open_store
+
+    try:
+        store = await open_store(settings.store)
+        try:
+            await store.ping()
+            await store.depart("no agent of this name")  # a write that changes nothing
+            return Finding("store", "ok", f"{store.url} is reachable and writable, its schema is current")
+        finally:
+            await store.close()
+    except FlowagentError as error:
+        return Finding("store", "failed", str(error))
+
+
+async def _launcher(settings: Settings) -> Finding:
+    from flowagent.runners.process import ProcessRunner
+
+    with tempfile.TemporaryDirectory(prefix="flowagent-doctor-") as directory:
+        runner = ProcessRunner(Path(directory), settings.home / "ground")
+        try:
+            await runner.prepare()
+        except (FlowagentError, OSError) as error:
+            return Finding("launcher", "failed", f"flow processes cannot be started: {error}")
+        finally:
+            await runner.close()
+    return Finding("launcher", "ok", "flow processes can be started")
+
+
+async def _git(settings: Settings) -> Finding:
+    program = shutil.which("git")
+    if program is None:
+        return Finding(
+            "git", "note", "not installed: flows in Git repositories need it", "apt-get install git"
+        )
+    return Finding("git", "ok", program)
+
+
+async def _landlock(settings: Settings) -> Finding:
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(
+        LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(LANDLOCK_VERSION)
+    )
+    if version < 1:
+        return Finding(
+            "landlock",
+            "note",
+            f"not available: {os.strerror(ctypes.get_errno())}",
+            "boot a kernel that has it enabled",
+        )
+    return Finding("landlock", "ok", f"available, version {version}")
+
+
+async def _bubblewrap(settings: Settings) -> Finding:
+    program = shutil.which("bwrap")
+    if program is None:
+        return Finding(
+            "bubblewrap",
+            "note",
+            "not installed",
+            "for sandboxes with own namespaces: apt-get install bubblewrap",
+        )
+    return Finding("bubblewrap", "ok", program)

@@ -1,0 +1,1 @@
+"""The agent: claims runs, renews leases, supervises attempts, ships output, drains."""

@@ -1,0 +1,335 @@
+"""The agent itself: four loops around one table of attempts.
+
+Claims: while there is room, take due runs. Leases: renew all at once, learn what is to be cancelled and what
+was lost. Expiry: end what other agents lost. Stopping: drain, cancel, or leave.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import uuid
+from dataclasses import replace
+from functools import partial
+
+import anyio
+from anyio.abc import TaskGroup
+
+import flowagent
+from flowagent import settings as settings_module
+from flowagent.backend import BackendContext, Backends
+from flowagent.daemon import identity
+from flowagent.daemon.attempts import Attempt, Services, lost
+from flowagent.daemon.log import Log
+from flowagent.daemon.patience import patiently
+from flowagent.errors import FlowagentError, LeaseLostError, StoreError
+from flowagent.models import AgentInfo, FlowSpec, Held, Outcome, Run, State
+from flowagent.runners.process import ProcessRunner
+from flowagent.runtime.rundir import RunDirectory, boottime
+from flowagent.runtime.supervisor import make_undumpable
+from flowagent.secrets import SecretProvider
+from flowagent.settings import Settings
+from flowagent.sources import SourceCache
+from flowagent.store.protocol import CANCEL, WORK, Store
+
+ANNOUNCE_EVERY = 10.0
+"""Seconds between signs of life when leases give no reason for one sooner."""
+
+
+class Agent:
+    """One agent, from its start to its last attempt. ``runs_once``: take what is due now, then end."""
+
+    def __init__(self, settings: Settings, store: Store, log: Log, *, runs_once: bool = False) -> None:
+        host = settings_module.hostname()
+        self._settings = settings
+        self._store = store
+        self._runs_once = runs_once
+        self._identity = identity.take(settings.agents_dir, settings.name, host)
+        self.log = log.bind(agent=self._identity.name)
+        labels = {*settings.labels, host} if settings.hostname_label else set(settings.labels)
+        self.info = AgentInfo(
+            name=self._identity.name,
+            instance=uuid.uuid4().hex,
+            host=host,
+            pid=os.getpid(),
+            labels=tuple(sorted(labels)),
+            runner=ProcessRunner.name,
+            limit=settings.capacity,
+            version=flowagent.__version__,
+            require_labels=settings.require_labels,
+        )
+        self._services = Services(
+            settings=settings,
+            store=store,
+            backends=Backends(BackendContext(settings.home, host)),
+            sources=SourceCache(settings.sources_dir),
+            runner=ProcessRunner(self._identity.directory, settings.home / "ground"),
+            secrets=SecretProvider(settings.home),
+            runs=self._identity.runs,
+            log=self.log,
+        )
+        self._attempts: dict[tuple[str, int], Attempt] = {}
+        # Claims and renewals take turns: what a renewal finds unknown is then truly unknown.
+        self._leases = anyio.Lock()
+        self._room = anyio.Event()
+        self._stops = 0
+        self._stopping = anyio.Event()
+        self._stopped_again = anyio.Event()
+        self._leaving = anyio.Event()
+        self.ready = anyio.Event()
+
+    # -- from outside ----------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """First call: drain. Second: cancel all runs now. Third: leave them to their supervisors and go."""
+        self._stops += 1
+        for event in (self._stopping, self._stopped_again, self._leaving)[: self._stops]:
+            event.set()
+        self._make_room()
+
+    async def run(self) -> None:
+        """Work until stopped. :raises FlowagentError: it could not start."""
+        make_undumpable()
+        self._identity.directory.mkdir(exist_ok=True)
+        await self._services.sources.sweep()
+        try:
+            await patiently(lambda: self._store.announce(self.info), self.log, "announcing the agent")
+            info = self.info
+            self.log.info("started", labels=list(info.labels), limit=info.limit, store=self._store.url)
+            async with anyio.create_task_group() as tasks:
+                await self._adopt(tasks)
+                tasks.start_soon(self._warm_up)
+                tasks.start_soon(self._renew_leases)
+                tasks.start_soon(self._listen_for_cancels)
+                tasks.start_soon(self._expire)
+                tasks.start_soon(self._leave, tasks)
+                await self._claim(tasks)
+                await self._drain()
+                tasks.cancel_scope.cancel()
+            if not self._leaving.is_set():
+                await self._services.runner.close()
+                with anyio.move_on_after(5):
+                    await self._store.depart(self.info.name)
+            self.log.info("stopped")
+        finally:
+            self._identity.close()
+
+    # -- claims ----------------------------------------------------------------------------------------
+
+    async def _claim(self, tasks: TaskGroup) -> None:
+        async with self._store.doorbell(WORK) as bell:
+            self.ready.set()
+            while not self._stopping.is_set():
+                free = self.info.limit - len(self._attempts)
+                if free <= 0:
+                    await self._wait_for_room()
+                    continue
+                try:
+                    taken = await self._take(free, tasks)
+                    if taken == free or (self._runs_once and taken):
+                        continue
+                    if self._runs_once and not taken:
+                        if not self._attempts:
+                            return
+                        await self._wait_for_room()
+                        continue
+                    pause = await self._until_next()
+                except StoreError as error:
+                    self.log.warning("cannot claim", error=str(error))
+                    pause = self._settings.poll
+                async with anyio.create_task_group() as waits:
+
+                    async def awake() -> None:
+                        await self._stopping.wait()
+                        waits.cancel_scope.cancel()
+
+                    waits.start_soon(awake)
+                    await bell.wait(pause)
+                    waits.cancel_scope.cancel()
+
+    async def _take(self, free: int, tasks: TaskGroup) -> int:
+        async with self._leases:
+            asked = boottime()
+            claims = await self._store.claim(self.info, free, self._settings.lease)
+            for claim in claims:
+                attempt = Attempt(self._services, claim.run, claim.attempt, claim.spec, self._deadline(asked))
+                self._attempts[claim.run.id, claim.attempt] = attempt
+        for claim in claims:
+            self.log.debug("claimed", run_id=claim.run.id, attempt=claim.attempt)
+            tasks.start_soon(self._own, self._attempts[claim.run.id, claim.attempt], False)
+        return len(claims)
+
+    async def _own(self, attempt: Attempt, resumed: bool) -> None:
+        """Everything of one attempt; whatever goes wrong in it stays in it."""
+        try:
+            await (attempt.resume() if resumed else attempt.execute())
+        except Exception:
+            self.log.exception("an attempt failed inside the agent", run_id=attempt.run_id)
+            # The next renewal finds it unknown and records that; by then nothing of it may live.
+            await self._services.runner.forbid(attempt.directory, "the agent failed")
+        finally:
+            del self._attempts[attempt.run_id, attempt.number]
+            self._make_room()
+
+    async def _until_next(self) -> float:
+        """Seconds to sleep when no doorbell rings: to the next due run, at most the jittered fallback."""
+        fallback = self._settings.poll * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        due = await self._store.next_due(self.info)
+        if due is None:
+            return fallback
+        return max(0.01, min(fallback, due - time.time()))
+
+    async def _wait_for_room(self) -> None:
+        self._room = anyio.Event()
+        await self._room.wait()
+
+    def _make_room(self) -> None:
+        self._room.set()
+
+    # -- leases ----------------------------------------------------------------------------------------
+
+    def _deadline(self, asked: float) -> float:
+        """Until when an attempt may live whose lease was asked for at ``asked``: surely before the lease
+        ends in the store, the time to kill it included."""
+        lease = self._settings.lease
+        return asked + lease - min(5.0, lease / 4)
+
+    async def _renew_leases(self) -> None:
+        announced = boottime()
+        while True:
+            await anyio.sleep(min(self._settings.lease / 3, ANNOUNCE_EVERY))
+            try:
+                await self._renew()
+                if boottime() - announced >= ANNOUNCE_EVERY - 1:
+                    await self._store.announce(replace(self.info, stopping=self._stopping.is_set()))
+                    announced = boottime()
+            except StoreError as error:
+                self.log.warning("leases were not renewed", error=str(error), attempts=len(self._attempts))
+
+    async def _listen_for_cancels(self) -> None:
+        async with self._store.doorbell(CANCEL) as bell:
+            while True:
+                if await bell.wait(60.0) and self._attempts:
+                    try:
+                        await self._renew()
+                    except StoreError as error:
+                        self.log.warning("cannot ask for cancellations", error=str(error))
+
+    async def _renew(self) -> dict[tuple[str, int], Held]:
+        async with self._leases:
+            asked = boottime()
+            known = dict(self._attempts)
+            held = {
+                (lease.run_id, lease.attempt): lease
+                for lease in await self._store.renew(self.info.name, self._settings.lease)
+            }
+        for key, lease in held.items():
+            attempt = known.get(key)
+            if attempt is None:
+                await self._give_up(lease)
+                continue
+            attempt.extend(self._deadline(asked))
+            if lease.state is State.CANCELLING:
+                attempt.stop(lease.reason or "cancelled")
+        for attempt in lost(held, known):
+            attempt.lose()
+        return held
+
+    async def _give_up(self, lease: Held) -> None:
+        """The store says that we hold an attempt of which there is nothing here: say so at once."""
+        self.log.warning("an attempt is held of which nothing is here", run_id=lease.run_id)
+        try:
+            if lease.state is State.PENDING:
+                await self._store.release(lease.run_id, lease.attempt, "its agent was restarted")
+            elif lease.state is State.CANCELLING:
+                outcome = Outcome(State.CANCELLED, lease.reason)
+                await self._store.finish(lease.run_id, lease.attempt, outcome)
+            else:
+                outcome = Outcome(State.CRASHED, "its agent lost track of it")
+                await self._store.finish(lease.run_id, lease.attempt, outcome)
+        except LeaseLostError:
+            pass
+
+    async def _expire(self) -> None:
+        while True:
+            try:
+                for run in await self._store.expire():
+                    state = str(run.state)
+                    self.log.warning("a lease ran out", run_id=run.id, state=state, reason=run.reason)
+            except StoreError as error:
+                self.log.debug("cannot look for expired leases", error=str(error))
+            await anyio.sleep(max(0.5, self._settings.lease / 3) * random.uniform(0.7, 1.3))  # noqa: S311
+
+    # -- restart ---------------------------------------------------------------------------------------
+
+    async def _adopt(self, tasks: TaskGroup) -> None:
+        """Find the attempts that were started under this name before, and go on with them."""
+        asked = boottime()
+        leases = await patiently(
+            lambda: self._store.renew(self.info.name, self._settings.lease), self.log, "asking for leases"
+        )
+        held = {(lease.run_id, lease.attempt): lease for lease in leases}
+        for path in sorted(self._identity.runs.iterdir()):
+            directory = RunDirectory(path)
+            run_id, _, number = path.name.rpartition(".")
+            lease = held.pop((run_id, int(number)), None) if number.isdigit() else None
+            if lease is None:
+                tasks.start_soon(self._clear, directory)
+                continue
+            run, spec = await patiently(partial(self._look_up, run_id), self.log, "reading a run")
+            attempt = Attempt(self._services, run, lease.attempt, spec, self._deadline(asked))
+            self._attempts[run_id, lease.attempt] = attempt
+            tasks.start_soon(self._own, attempt, True)
+            if lease.state is State.CANCELLING:
+                attempt.stop(lease.reason or "cancelled")
+        for lease in held.values():
+            await self._give_up(lease)
+
+    async def _look_up(self, run_id: str) -> tuple[Run, FlowSpec]:
+        run = await self._store.run(run_id)
+        return run, (await self._store.version(run.version_id)).spec
+
+    async def _clear(self, directory: RunDirectory) -> None:
+        """End and remove what is left of an attempt that is not ours any more."""
+        self.log.info("clearing an old run directory", path=directory.path)
+        await self._services.runner.forbid(directory, "lease lost")
+        directory.remove()
+
+    async def _warm_up(self) -> None:
+        """Have the launcher running before the first run asks for it."""
+        try:
+            await self._services.runner.prepare()
+        except FlowagentError as error:
+            self.log.error("the launcher does not start", error=str(error))
+
+    # -- stopping --------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        if self._attempts:
+            self.log.info("draining", attempts=len(self._attempts), at_most=self._settings.drain)
+        with anyio.move_on_after(self._settings.drain):
+            async with anyio.create_task_group() as waits:
+
+                async def emptied() -> None:
+                    while self._attempts:
+                        await self._wait_for_room()
+                    waits.cancel_scope.cancel()
+
+                waits.start_soon(emptied)
+                await self._stopped_again.wait()
+                waits.cancel_scope.cancel()
+        for attempt in list(self._attempts.values()):
+            reason = f"agent {self.info.name} was stopped"
+            try:
+                await self._store.cancel(attempt.run_id, reason)
+            except FlowagentError as error:
+                self.log.warning("cannot record the cancellation", run_id=attempt.run_id, error=str(error))
+            attempt.stop(reason)
+        while self._attempts:
+            await self._wait_for_room()
+
+    async def _leave(self, tasks: TaskGroup) -> None:
+        await self._leaving.wait()
+        self.log.warning("leaving at once", attempts=len(self._attempts))
+        tasks.cancel_scope.cancel()

@@ -1,0 +1,220 @@
+"""Shipping: an attempt's output and events from its run directory to the store, by byte offset.
+
+The output file is the spool: while the store is away nothing is read, nothing is lost, and memory stays at
+one piece. What was acknowledged is not sent again, also not by an agent that started meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flowagent.backend import Backends
+from flowagent.daemon.log import Log
+from flowagent.daemon.patience import patiently
+from flowagent.errors import BackendError
+from flowagent.flows.names import slug
+from flowagent.models import FlowSpec, Json, OutputChunk, TaskRun
+from flowagent.redaction import Redactor
+from flowagent.runtime.events import Event, Parser
+from flowagent.runtime.rundir import RunDirectory
+from flowagent.store.protocol import Store
+
+PIECE = 256 * 1024
+"""Bytes that are read, redacted and sent at a time."""
+MAX_TASKS = 20_000
+"""Tasks of one attempt whose states are kept; a flow that makes up more is not followed further."""
+TASK_STATES = frozenset({"running", "retrying", "completed", "failed", "skipped"})
+ENDED = frozenset({"completed", "failed", "skipped"})
+MAX_TEXT = 4000
+"""Characters of a name or reason that are kept."""
+
+
+class Shipper:
+    """Sends one attempt's output. ``start``: raw bytes that the store has already."""
+
+    def __init__(
+        self,
+        store: Store,
+        backends: Backends,
+        run: RunDirectory,
+        run_id: str,
+        attempt: int,
+        spec: FlowSpec,
+        redactor: Redactor,
+        log: Log,
+        start: int = 0,
+    ) -> None:
+        self._store = store
+        self._backends = backends
+        self._run = run
+        self._run_id = run_id
+        self._attempt = attempt
+        self._spec = spec
+        self._redactor = redactor
+        self._log = log
+        self._read = 0  # raw bytes that the parser has seen
+        self._fed = start  # raw bytes that the redactor has seen
+        self._shipped = start  # raw bytes that the store has
+        self._parser = Parser()
+        self._tasks: set[str] = set()
+        self.loaded_sha256: str | None = None
+
+    async def pump(self, *, final: bool = False) -> bool:
+        """Ship what is there now; whether there was anything. ``final``: nothing more will be written."""
+        shipped = False
+        async for data in self._pieces():
+            tasks = [task async for task in self._observe(data)]
+            begin = max(0, self._fed - (self._read - len(data)))
+            chunk = self._redact(data[begin:])
+            if chunk or tasks:
+                await self._append(chunk, tasks)
+                shipped = True
+            if chunk:
+                self._shipped = chunk.stop
+        if final:
+            rest = self._redact(b"", final=True)
+            if rest:
+                await self._append(rest, [])
+                self._shipped = rest.stop
+                shipped = True
+        return shipped
+
+    async def _append(self, chunk: OutputChunk | None, tasks: list[TaskRun]) -> None:
+        chunks = [chunk] if chunk else []
+        call = partial(self._store.append, self._run_id, self._attempt, chunks, tasks)
+        await patiently(call, self._log, "shipping output")
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        # A piece per await of the store: local reads of this size are quicker than a trip to a thread.
+        try:
+            fd = os.open(self._run.output_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        try:
+            while data := os.pread(fd, PIECE, self._read):
+                self._read += len(data)
+                yield data
+        finally:
+            os.close(fd)
+
+    def _redact(self, data: bytes, final: bool = False) -> OutputChunk | None:
+        self._fed += len(data)
+        redacted, covered = self._redactor.feed(data, final)
+        if not covered:
+            return None
+        return OutputChunk(self._shipped, self._shipped + covered, redacted)
+
+    # -- events ----------------------------------------------------------------------------------------
+
+    async def _observe(self, data: bytes) -> AsyncIterator[TaskRun]:
+        for item in self._parser.feed(data):
+            if not isinstance(item, Event):
+                continue
+            event = item.data
+            kind = event["event"]
+            if kind == "task":
+                task = self._task(event)
+            elif kind == "result":
+                task = await self._result(event)
+            else:
+                task = None
+                if kind == "loaded" and isinstance(event.get("sha256"), str):
+                    self.loaded_sha256 = event["sha256"][:64]
+            if task is not None:
+                yield task
+
+    def _task(self, event: Mapping[str, Any]) -> TaskRun | None:
+        """A task's state from its event; None when the event is not one that flowagent writes."""
+        name, state = event.get("task"), event.get("state")
+        if not isinstance(name, str) or state not in TASK_STATES or not self._known(name):
+            return None
+        reason, tries, time = event.get("reason"), event.get("tries"), event.get("time")
+        when = float(time) if isinstance(time, (int, float)) else None
+        return TaskRun(
+            run_id=self._run_id,
+            attempt=self._attempt,
+            task=name,
+            state=str(state),
+            reason=self.clean(str(reason)) if reason else None,
+            tries=tries if isinstance(tries, int) else 1,
+            started=when if state == "running" else None,
+            ended=when if state in ENDED else None,
+        )
+
+    def _known(self, task: str) -> bool:
+        if task not in self._tasks:
+            if len(task) > MAX_TEXT or len(self._tasks) >= MAX_TASKS:
+                return False
+            self._tasks.add(task)
+        return True
+
+    async def _result(self, event: Mapping[str, Any]) -> TaskRun | None:
+        """Put a result where its registered declaration says: the flow has no say in where."""
+        task, name = event.get("task"), event.get("file")
+        if not isinstance(task, str) or not isinstance(name, str) or not self._known(task):
+            return None
+        declaration = self._declaration(task)
+        file = self._take(name) if declaration is not None else None
+        if declaration is None or file is None:
+            return None
+        location = event.get("location")
+        key = location if isinstance(location, str) else self._default_key(task)
+        reference: dict[str, Json]
+        try:
+            reference = await self._backends.get(declaration["storage"]).put(declaration, key, file)
+            reference["serializer"] = event.get("serializer")
+        except BackendError as error:
+            self._log.warning("result not written", run_id=self._run_id, task=task, error=str(error))
+            reference = {"error": self.clean(str(error))}
+        finally:
+            file.unlink(missing_ok=True)
+        state = "running" if task else "completed"
+        return TaskRun(self._run_id, self._attempt, task, state, result=reference)
+
+    def _declaration(self, task: str) -> dict[str, Json] | None:
+        registered = task.partition("[")[0]
+        for known in self._spec.tasks:
+            if known["slug"] == registered and known.get("result") is not None:
+                declaration: dict[str, Json] = known["result"]
+                return declaration
+        return dict(self._spec.result) if self._spec.result is not None else None
+
+    def _default_key(self, task: str) -> str:
+        return f"{slug(self._spec.name)}/{self._run_id}/{self._attempt}/{slug(task) if task else 'flow'}"
+
+    def _take(self, name: str) -> Path | None:
+        """Move a result out of the flow's reach; None if it is not a plain file of the flow's own.
+
+        The flow may put links anywhere in its directory: none is followed, and a hard link to a file of
+        somebody else's is not a result."""
+        if not re.fullmatch(r"[0-9]{1,9}", name):
+            return None
+        taken = Path(self._run.path) / f"result-{name}"
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            directory = os.open(self._run.results, flags)
+        except OSError:
+            return None
+        try:
+            os.rename(name, taken, src_dir_fd=directory)
+        except OSError:
+            return None
+        finally:
+            os.close(directory)
+        found = taken.lstat()
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            return taken
+        with suppress(OSError):
+            taken.unlink()
+        return None
+
+    def clean(self, text: str) -> str:
+        """A text that is to be recorded, without secrets and not too long."""
+        return self._redactor.redact(text)[:MAX_TEXT]

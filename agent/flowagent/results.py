@@ -1,0 +1,15 @@
+"""Where results are kept: ``from flowagent.results import LocalResult``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flowagent.flows.results import JSONSerializer, LocalResult, PickleSerializer, Result, Serializer
+
+__all__ = ["JSONSerializer", "LocalResult", "PickleSerializer", "Result", "Serializer"]
+
+
+def __getattr__(name: str) -> Any:
+    from flowagent.flows import results
+
+    return getattr(results, name)

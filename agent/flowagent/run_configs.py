@@ -1,0 +1,217 @@
+"""Run configs: how a flow's runs are executed. Plain data; the runners are in ``flowagent.runners``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flowagent.flows.declarations import Declaration, absolute, count, names, plain, refuse, seconds, text
+from flowagent.flows.errors import FlowError
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+__all__ = ["DockerRun", "KubernetesRun", "LocalRun", "RunConfig", "UniversalRun"]
+
+SANDBOXES = ("process", "landlock", "namespace")
+"""What ``LocalRun(sandbox=...)`` can demand, weakest first."""
+
+
+def _environment(value: Mapping[str, str] | None, what: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise FlowError(f"{what}: env takes a dict of strings; got {type(value).__name__}")
+    for name, content in value.items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+            raise FlowError(f"{what}: env has a name that no environment can hold: {name!r}")
+        if not isinstance(content, str) or "\0" in content:
+            raise FlowError(
+                f"{what}: env[{name!r}] must be a string without NUL; got {type(content).__name__}"
+            )
+    return dict(value)
+
+
+class RunConfig(Declaration):
+    """Base of all run configs.
+
+    ``timeout`` limits each attempt, in seconds. ``retries`` attempts follow one that failed or crashed,
+    ``retry_delay`` seconds later. ``runners`` are the runners that can execute it; empty: any.
+    """
+
+    family: ClassVar[str] = "run config"
+    common: ClassVar[tuple[str, ...]] = ("env", "labels", "timeout", "retries", "retry_delay")
+    runners: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        env: Mapping[str, str] | None = None,
+        labels: Iterable[str] | None = None,
+        *,
+        timeout: float | timedelta | None = None,
+        retries: int = 0,
+        retry_delay: float | timedelta = 0,
+        **unknown: Any,
+    ) -> None:
+        what = self.type
+        refuse(
+            what,
+            unknown,
+            {"working_dir": "only LocalRun has it", "image": "only DockerRun and KubernetesRun do"},
+        )
+        self.env = _environment(env, what)
+        self.labels = names(labels, f"{what}: labels")
+        self.timeout = seconds(timeout, f"{what}: timeout")
+        self.retries = count(retries, f"{what}: retries")
+        self.retry_delay = seconds(retry_delay, f"{what}: retry_delay", zero=True) or 0.0
+
+
+class UniversalRun(RunConfig):
+    """Any runner that the agent has."""
+
+
+class LocalRun(RunConfig):
+    """A process on the agent's machine.
+
+    ``python`` is the interpreter, a path or a name on the agent's PATH; ``working_dir`` is made absolute;
+    ``sandbox`` is the weakest level that will do, or the run fails.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ("working_dir", "python", "sandbox")
+    runners: ClassVar[tuple[str, ...]] = ("process",)
+
+    def __init__(
+        self,
+        env: Mapping[str, str] | None = None,
+        working_dir: str | os.PathLike[str] | None = None,
+        labels: Iterable[str] | None = None,
+        *,
+        python: str | os.PathLike[str] | None = None,
+        sandbox: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(env, labels, **options)
+        self.working_dir = absolute(working_dir, "LocalRun: working_dir")
+        interpreter = text(
+            os.fspath(python) if isinstance(python, os.PathLike) else python, "LocalRun: python"
+        )
+        by_path = interpreter is not None and ("/" in interpreter or interpreter.startswith("~"))
+        self.python = absolute(interpreter, "LocalRun: python") if by_path else interpreter
+        if sandbox is not None and sandbox not in SANDBOXES:
+            raise FlowError(f"LocalRun: sandbox is one of {', '.join(SANDBOXES)}; got {sandbox!r}")
+        self.sandbox = sandbox
+
+
+class DockerRun(RunConfig):
+    """A container on the agent's Docker engine. ``volumes`` are ``"source:target[:mode]"``."""
+
+    fields: ClassVar[tuple[str, ...]] = ("image", "ports", "host_config", "volumes")
+    runners: ClassVar[tuple[str, ...]] = ("docker",)
+
+    def __init__(
+        self,
+        image: str | None = None,
+        env: Mapping[str, str] | None = None,
+        labels: Iterable[str] | None = None,
+        ports: Iterable[int] | None = None,
+        host_config: Mapping[str, Any] | None = None,
+        volumes: Iterable[str] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(env, labels, **options)
+        self.image = text(image, "DockerRun: image")
+        self.ports = list(ports or ())
+        for port in self.ports:
+            if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
+                raise FlowError(f"DockerRun: ports takes whole numbers from 1 to 65535; got {port!r}")
+        if host_config is not None and not isinstance(host_config, Mapping):
+            raise FlowError(f"DockerRun: host_config takes a dict; got {type(host_config).__name__}")
+        self.host_config = plain(dict(host_config or {}), "DockerRun: host_config")
+        if isinstance(volumes, (str, bytes)):
+            raise FlowError(f"DockerRun: volumes takes a list of 'source:target[:mode]'; got {volumes!r}")
+        self.volumes = list(volumes or ())
+        for volume in self.volumes:
+            text(volume, "DockerRun: volumes, each of them,")
+
+
+class KubernetesRun(RunConfig):
+    """A Kubernetes job. A local ``job_template_path`` is made absolute; URLs are read by the agent."""
+
+    fields: ClassVar[tuple[str, ...]] = (
+        "job_template_path",
+        "job_template",
+        "image",
+        "cpu_limit",
+        "cpu_request",
+        "memory_limit",
+        "memory_request",
+        "service_account_name",
+        "image_pull_secrets",
+        "image_pull_policy",
+    )
+    runners: ClassVar[tuple[str, ...]] = ("kubernetes",)
+    pull_policies: ClassVar[tuple[str, ...]] = ("Always", "IfNotPresent", "Never")
+
+    def __init__(
+        self,
+        job_template_path: str | os.PathLike[str] | None = None,
+        job_template: Mapping[str, Any] | str | None = None,
+        image: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cpu_limit: float | str | None = None,
+        cpu_request: float | str | None = None,
+        memory_limit: int | str | None = None,
+        memory_request: int | str | None = None,
+        service_account_name: str | None = None,
+        image_pull_secrets: Iterable[str] | None = None,
+        labels: Iterable[str] | None = None,
+        image_pull_policy: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(env, labels, **options)
+        if job_template_path is not None and job_template is not None:
+            raise FlowError(
+                "KubernetesRun: job_template and job_template_path exclude each other; give only one"
+            )
+        by_url = isinstance(job_template_path, str) and "://" in job_template_path
+        self.job_template_path = (
+            job_template_path if by_url else absolute(job_template_path, "KubernetesRun: job_template_path")
+        )
+        if job_template is not None and not isinstance(job_template, (Mapping, str)):
+            raise FlowError(
+                f"KubernetesRun: job_template takes a dict or YAML; got {type(job_template).__name__}"
+            )
+        as_data = dict(job_template) if isinstance(job_template, Mapping) else job_template
+        self.job_template = plain(as_data, "KubernetesRun: job_template")
+        self.image = text(image, "KubernetesRun: image")
+        self.cpu_limit = self._quantity(cpu_limit, "cpu_limit")
+        self.cpu_request = self._quantity(cpu_request, "cpu_request")
+        self.memory_limit = self._quantity(memory_limit, "memory_limit")
+        self.memory_request = self._quantity(memory_request, "memory_request")
+        self.service_account_name = text(service_account_name, "KubernetesRun: service_account_name")
+        self.image_pull_secrets = names(image_pull_secrets, "KubernetesRun: image_pull_secrets")
+        if image_pull_policy is not None and image_pull_policy not in self.pull_policies:
+            policies = ", ".join(self.pull_policies)
+            raise FlowError(
+                f"KubernetesRun: image_pull_policy is one of {policies}; got {image_pull_policy!r}"
+            )
+        self.image_pull_policy = image_pull_policy
+
+    @staticmethod
+    def _quantity(value: float | str | None, name: str) -> str | None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return text(str(value) if number else value, f"KubernetesRun: {name}")  # type: ignore[arg-type]
+
+
+_MISSING = {
+    "ECSRun": "run an agent on the cluster and use DockerRun",
+    "VertexRun": "run an agent on the machine and use LocalRun or DockerRun",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MISSING:
+        # not AttributeError: ``from flowagent.run_configs import ...`` would replace its message
+        raise ImportError(f"flowagent.run_configs has no {name}; {_MISSING[name]}")
+    raise AttributeError(f"module 'flowagent.run_configs' has no attribute {name!r}")

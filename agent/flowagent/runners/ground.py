@@ -1,0 +1,76 @@
+"""The ground floor as a launcher sees it: a copy of the stdlib-only modules and cloudpickle.
+
+A launcher of any interpreter has this directory, and nothing else of the agent, on its import path. It is
+laid out once per content, so an upgraded agent brings its launchers a new one and disturbs no old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import flowagent
+from flowagent.errors import LauncherError
+
+FLOOR = ("__init__.py", "storage.py", "run_configs.py", "results.py", "triggers.py", "flows", "runtime")
+ENTRY = "launch.py"
+_ENTRY_TEXT = """\
+import sys
+
+from flowagent.runtime.launcher import main
+
+main(int(sys.argv[1]), sys.argv[2])
+"""
+
+
+def lay_out(root: Path) -> Path:
+    """The directory under ``root`` that holds the ground floor of this version, made if it is missing.
+
+    :raises LauncherError: it cannot be written."""
+    files = _files()
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    target = root / digest.hexdigest()[:16]
+    if target.is_dir():
+        return target
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+        try:
+            for name, path in files.items():
+                copy = temporary / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+            (temporary / ENTRY).write_text(_ENTRY_TEXT)
+            os.rename(temporary, target)
+        except FileExistsError:
+            pass  # another agent was faster
+        except OSError as error:
+            if not target.is_dir():
+                raise error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise LauncherError(f"cannot lay out the launcher's modules in {root}: {error.strerror}") from error
+    return target
+
+
+def _files() -> dict[str, Path]:
+    """Relative name -> file, of everything that belongs to the ground floor."""
+    package = Path(flowagent.__file__).parent
+    found: dict[str, Path] = {}
+    for name in FLOOR:
+        path = package / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            found[f"flowagent/{file.relative_to(package)}"] = file
+    spec = find_spec("cloudpickle")
+    if spec is not None and spec.origin is not None:
+        directory = Path(spec.origin).parent
+        for file in directory.rglob("*.py"):
+            found[f"cloudpickle/{file.relative_to(directory)}"] = file
+    return found

@@ -1,0 +1,256 @@
+"""The flow process: from the fork to the flow's outcome."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime, timezone
+from typing import Any, NoReturn
+
+from flowagent.flows.context import context, run_context
+from flowagent.flows.errors import FlowError, Stop
+from flowagent.flows.observer import Observer
+from flowagent.flows.results import LOCATION_NAMES, format_location, result_from_json, serializer_named
+from flowagent.runtime import loader, sandbox, supervisor
+from flowagent.runtime.events import Emitter
+from flowagent.runtime.rundir import RunDirectory
+
+STDIO = 3
+"""Descriptors below this are standard input, output and error."""
+MAX_REASON = 4000
+"""Characters of a reason that are kept."""
+
+
+class Stopped(Stop):
+    """SIGTERM arrived: unwind, so that the flow's own ``finally`` blocks run within the grace."""
+
+
+def run(
+    directory: RunDirectory,
+    spec: Mapping[str, Any],
+    parent: int,
+    output: int,
+    outcome: int,
+    secrets: int | None,
+) -> NoReturn:
+    """Become the flow process of an attempt: confine, load, execute, report, end."""
+    code = 70
+    try:
+        _detach(parent, output, outcome, secrets)
+        myself = os.getpid()
+        try:
+            values = _read_secrets(secrets)
+            _confine(directory, spec)
+            result = _execute(directory, spec, values)
+        except FlowError as error:
+            result = _failed(_one_line(error), retryable=False)
+        if os.getpid() != myself:
+            os._exit(1)  # a process that user code forked came back up here: it speaks for nobody
+        code = 0 if result["state"] == "completed" else 1
+        os.write(outcome, json.dumps(result).encode())
+        _finish()
+    except Stopped:
+        code = 128 + signal.SIGTERM
+    except BaseException:
+        # Before and after user code there is only ours: whoever reads the output has to see it.
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _detach(parent: int, output: int, outcome: int, secrets: int | None) -> None:
+    """Leave the supervisor's world: session, signals, descriptors."""
+    os.setsid()
+    supervisor.prctl(supervisor.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # the supervisor died before it could take us along
+    for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGPIPE else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    kept = {0, 1, 2, outcome, secrets}
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd not in kept:
+            with suppress(OSError):  # the listing's own is closed already
+                os.close(fd)
+
+
+def _stop(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; the second word is SIGKILL
+    raise Stopped
+
+
+def _read_secrets(fd: int | None) -> dict[str, str]:
+    """The declared secrets, from a descriptor that only this process reads."""
+    if fd is None:
+        return {}
+    with open(fd, "rb") as file:
+        file.seek(0)
+        values: dict[str, str] = json.load(file)
+    return values
+
+
+def _confine(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
+    os.umask(0o077)
+    environment = dict(spec["env"])
+    environment.update(
+        HOME=directory.home,
+        TMPDIR=directory.tmp,
+        PYTHONUNBUFFERED="1",
+        FLOWAGENT_RUN=f"{spec['run_id']}.{spec['attempt']}",
+    )
+    os.environ.clear()
+    os.environ.update(environment)
+    working_dir = spec.get("working_dir") or directory.work
+    try:
+        os.chdir(working_dir)
+    except OSError as error:
+        raise FlowError(f"cannot enter working_dir {working_dir}: {error.strerror}") from None
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = _standard_stream(number)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.argv = [spec["source"].get("path") or spec["source"].get("module") or ""]
+    supervisor.set_process_name("flow:" + spec["flow_name"])
+    sandbox.confine()
+    # The launcher's own entry stays first (flowagent and cloudpickle), then what the operator names.
+    extra = [*spec["import_paths"], *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[1:1] = [path for path in extra if path not in sys.path]
+    gc.enable()
+
+
+def _standard_stream(number: int) -> io.TextIOWrapper:
+    """Standard input, output or error. Lines are written when they end, bytes at once: no kill loses them."""
+    raw = open(number, "rb" if number == 0 else "wb", buffering=0)  # noqa: SIM115 - for the process' life
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+
+def _execute(directory: RunDirectory, spec: Mapping[str, Any], secrets: dict[str, str]) -> dict[str, Any]:
+    """Load and run the flow; the outcome as the agent records it."""
+    emitter = Emitter(os.dup(1))  # its own, so that user code may redirect or close standard output
+    _log_as_events(emitter)
+    values = {
+        "run_id": spec["run_id"],
+        "flow_name": spec["flow_name"],
+        "parameters": spec["parameters"],
+        "attempt": spec["attempt"],
+        "labels": tuple(spec["labels"]),
+        "scheduled_for": datetime.fromtimestamp(spec["scheduled_for"], timezone.utc),
+        "secrets": secrets,
+    }
+    with run_context(values):
+        return _load_and_run(directory, spec, emitter)
+
+
+def _load_and_run(directory: RunDirectory, spec: Mapping[str, Any], emitter: Emitter) -> dict[str, Any]:
+    try:
+        loaded = loader.load(spec["source"], spec["flow_name"])
+    except (FlowError, Exception) as error:
+        if not isinstance(error, FlowError):
+            _print_user_traceback(error)
+        return _failed("could not be loaded: " + _one_line(error), retryable=not isinstance(error, FlowError))
+    except SystemExit as error:
+        return _failed(f"called sys.exit({error.code!r}) while it was being loaded")
+    emitter.emit("loaded", flow=loaded.flow.name, sha256=loaded.sha256)
+    if loaded.flow.result is None and spec.get("result") is not None:
+        loaded.flow.result = result_from_json(spec["result"])
+    state = loaded.flow.execute(spec["parameters"], _Observer(emitter, directory))
+    if state.is_successful():
+        return {"state": "completed", "reason": None}
+    return _failed(state.message or "failed")
+
+
+def _failed(reason: str, retryable: bool = True) -> dict[str, Any]:
+    return {"state": "failed", "reason": reason[:MAX_REASON], "retryable": retryable}
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).replace("\n", " ").strip()
+    if isinstance(error, FlowError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _print_user_traceback(error: BaseException) -> None:
+    """The traceback from the user's first frame on; ours above it would only be in the way."""
+    frames = error.__traceback__
+    floor = os.path.dirname(os.path.abspath(loader.__file__))
+    while frames is not None and os.path.dirname(frames.tb_frame.f_code.co_filename) in (floor, ""):
+        frames = frames.tb_next
+    traceback.print_exception(type(error), error, frames)
+
+
+def _finish() -> None:
+    """What an interpreter does at its end, without unwinding into the launcher's frames below us."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
+class _EventHandler(logging.Handler):
+    def __init__(self, emitter: Emitter) -> None:
+        super().__init__()
+        self._emitter = emitter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = record.getMessage()
+            if record.exc_info:
+                message += "\n" + logging.Formatter().formatException(record.exc_info)
+            data = {"level": record.levelname, "logger": record.name, "message": message}
+            task = getattr(record, "task", None)
+            if task:
+                data["task"] = task
+            self._emitter.emit("log", **data)
+        except Exception:
+            self.handleError(record)
+
+
+def _log_as_events(emitter: Emitter) -> None:
+    root = logging.getLogger()
+    root.handlers[:] = [_EventHandler(emitter)]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+class _Observer(Observer):
+    """Writes what happens to tasks as events, and results as files that the agent picks up."""
+
+    def __init__(self, emitter: Emitter, directory: RunDirectory) -> None:
+        self._emitter = emitter
+        self._directory = directory.results
+        self._files = 0
+
+    def task(self, slug: str, name: str, state: str, reason: str | None = None, tries: int = 1) -> None:
+        data = {"task": slug, "name": name, "state": state, "tries": tries}
+        if reason:
+            data["reason"] = reason[:MAX_REASON]
+        self._emitter.emit("task", **data)
+
+    def result(self, slug: str, value: Any, declaration: Any) -> None:
+        serializer = declaration.serializer
+        data = serializer_named(serializer).dumps(value)
+        self._files += 1
+        name = str(self._files)
+        with open(os.path.join(self._directory, name), "wb") as file:
+            file.write(data)
+        self._emitter.emit(
+            "result",
+            task=slug,
+            file=name,
+            serializer=serializer,
+            location=format_location(declaration, {name: context.get(name) for name in LOCATION_NAMES}),
+        )

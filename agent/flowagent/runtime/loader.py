@@ -1,0 +1,201 @@
+"""Loading a flow's definition from a source, the same way for every storage.
+
+Scripts run as real modules: a unique module name that is never ``__main__``, their real file name, their
+directory and the source's root on ``sys.path``, relative imports within packages. ``register()`` and
+``run()`` at module level do nothing while loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.machinery import ModuleSpec
+from operator import attrgetter
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from flowagent.flows.base import BaseFlow
+from flowagent.flows.errors import FlowLoadError, FlowNotFoundError
+from flowagent.flows.loading import loading
+
+
+class Loaded(NamedTuple):
+    """What was loaded: the flow, and the digest of the text that in fact ran (None for a module without)."""
+
+    flow: BaseFlow
+    sha256: str | None
+
+
+def load(source: Mapping[str, Any], name: str | None) -> Loaded:
+    """Load flow ``name`` from a source as the run's spec describes it.
+
+    ``source``: ``kind`` script, pickle or module; ``directory``, ``path`` relative to it, ``module``,
+    ``sha256`` to insist on, ``made_with``. Exceptions of user code pass through as they are.
+
+    :raises FlowLoadError: the definition cannot be found, read or trusted, or holds no such flow."""
+    kind = source["kind"]
+    if kind == "script":
+        module, executed = load_script(_inside(source), source["directory"], source.get("sha256"))
+        return Loaded(choose(flows_in(module), name, source["path"]), executed)
+    if kind == "pickle":
+        return _load_pickle(source)
+    if kind == "module":
+        flows, digest = load_module(source["module"])
+        return Loaded(choose(flows, name, "module " + source["module"]), digest)
+    raise FlowLoadError(f"unknown kind of source {kind!r}; is the agent older than the registration?")
+
+
+def load_script(path: str, root: str, sha256: str | None = None) -> tuple[ModuleType, str]:
+    """Execute a script as a module; the module and the sha-256 of the text that ran."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except OSError as error:
+        raise FlowLoadError(f"cannot read {path}: {error.strerror}") from None
+    digest = hashlib.sha256(text).hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise FlowLoadError(
+            f"{path} has sha-256 {digest}, registered was {sha256}: refused; register it again"
+        )
+    directory = os.path.dirname(path)
+    package, top = _package_of(directory)
+    for entry in (root, top, directory):
+        if entry not in sys.path:
+            sys.path.insert(0, entry)
+    if package:
+        importlib.import_module(package)
+    stem = re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0])
+    name = f"_flow_{stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    if package:
+        name = package + "." + name
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:  # not named *.py
+        spec = ModuleSpec(name, None, origin=path)
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = path
+    sys.modules[name] = module
+    try:
+        with loading():
+            # These very bytes are what the digest speaks of, whatever is written to the file meanwhile.
+            exec(compile(text, path, "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module, digest
+
+
+def load_module(reference: str) -> tuple[list[BaseFlow], str | None]:
+    """Import ``pkg.mod`` or ``pkg.mod:attr.path``; the flows there and the digest of the module's file."""
+    name, _, attribute = reference.partition(":")
+    try:
+        with loading():
+            module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Only the module asked for or a package above it: a missing import of its own is the user's error.
+        if error.name is not None and (name + ".").startswith(error.name + "."):
+            raise FlowLoadError(
+                f"no module named {error.name!r} for {sys.executable}; "
+                "install it there or start the agent with --import-path"
+            ) from None
+        raise
+    flows = flows_in(module)
+    if attribute:
+        try:
+            value = attrgetter(attribute)(module)
+        except AttributeError:
+            raise FlowLoadError(f"module {name} has no attribute {attribute!r}") from None
+        if callable(value) and not isinstance(value, BaseFlow):
+            with loading():
+                value = value()
+        if not isinstance(value, BaseFlow):
+            raise FlowLoadError(f"{reference} is a {type(value).__name__}, not a flow")
+        flows = [value]
+    digest = None
+    file = getattr(module, "__file__", None)
+    if file is not None:
+        try:
+            with open(file, "rb") as opened:
+                digest = hashlib.sha256(opened.read()).hexdigest()
+        except OSError:
+            pass
+    return flows, digest
+
+
+def _load_pickle(source: Mapping[str, Any]) -> Loaded:
+    from flowagent.flows import pickles
+
+    path = _inside(source)
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise FlowLoadError(f"cannot read {path}: {error.strerror}") from None
+    with loading():
+        flow = pickles.load(data, source.get("sha256"), source.get("made_with") or {})
+    return Loaded(flow, hashlib.sha256(data).hexdigest())
+
+
+def flows_in(module: ModuleType) -> list[BaseFlow]:
+    """The flows among a module's values and in its lists, tuples and dicts, in order, each once."""
+    found: dict[int, BaseFlow] = {}
+
+    def look(values: Iterable[Any], depth: int) -> None:
+        for value in values:
+            if isinstance(value, BaseFlow):
+                found.setdefault(id(value), value)
+            elif depth and type(value) in (list, tuple):
+                look(value, depth - 1)
+            elif depth and type(value) is dict:
+                look(value.values(), depth - 1)
+
+    look(list(vars(module).values()), 2)
+    return list(found.values())
+
+
+def choose(flows: list[BaseFlow], name: str | None, where: str) -> BaseFlow:
+    """The flow called ``name``; without a name the only one.
+
+    :raises FlowNotFoundError: there is none, or it is not clear which; the message lists what was found."""
+    names = [flow.name for flow in flows]
+    twice = sorted({found for found in names if names.count(found) > 1})
+    if twice:
+        raise FlowNotFoundError(f"{where} holds several flows named {_listed(twice)}; names must differ")
+    if not flows:
+        raise FlowNotFoundError(f"{where} holds no flow; is one assigned at the top level?")
+    if name is None:
+        if len(flows) > 1:
+            raise FlowNotFoundError(f"{where} holds {len(flows)} flows, name one: {_listed(names)}")
+        return flows[0]
+    for flow in flows:
+        if flow.name == name:
+            return flow
+    raise FlowNotFoundError(f"{where} holds no flow named {name!r}; found: {_listed(names)}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _inside(source: Mapping[str, Any]) -> str:
+    """The absolute path of the definition. :raises FlowLoadError: it lies outside the source."""
+    root = os.path.realpath(source["directory"])
+    path = os.path.realpath(os.path.join(root, source["path"]))
+    if os.path.isabs(source["path"]) or os.path.commonpath([root, path]) != root:
+        raise FlowLoadError("the path {!r} leaves the source".format(source["path"]))
+    return os.path.join(root, os.path.normpath(str(source["path"])))
+
+
+def _package_of(directory: str) -> tuple[str, str]:
+    """The dotted package that a directory is, by its ``__init__.py``, and the directory above its top."""
+    parts: list[str] = []
+    while os.path.isfile(os.path.join(directory, "__init__.py")):
+        directory, name = os.path.split(directory)
+        if not name.isidentifier():
+            break
+        parts.insert(0, name)
+    return ".".join(parts), directory

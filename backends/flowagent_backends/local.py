@@ -1,0 +1,230 @@
+"""Local storage: scripts in place, pickles and results as files of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+from anyio import to_thread
+
+from flowagent import files
+from flowagent.backend import Artifact, BackendContext, Entry, Revision
+from flowagent.errors import BackendError, StorageNotFoundError
+from flowagent.flows.names import slug
+from flowagent.models import Json
+
+PICKLE = "flow.pickle"
+"""The file of a pickled flow within its source."""
+
+
+class LocalBackend:
+    """Files below the home, or where the declaration says. Scripts run where they are, as they are then."""
+
+    type = "Local"
+
+    def __init__(self, context: BackendContext) -> None:
+        self._context = context
+
+    # -- flows ---------------------------------------------------------------------------------------
+
+    async def resolve(self, storage: Mapping[str, Json]) -> Revision:
+        """A script: what it says now, in place. A pickle: the digest it was registered with.
+
+        :raises StorageNotFoundError: the file is not on this machine."""
+        path = self._path(storage)
+        if storage.get("stored_as_script"):
+            digest = await to_thread.run_sync(self._script_digest, path)
+            return Revision(f"sha256:{digest}", Entry("script", path.name), directory=path.parent)
+        artifact = storage.get("artifact")
+        if not artifact:
+            raise BackendError(f"Local: {path} was never registered as a pickle; register the flow again")
+        with self._reading(path):
+            self._check_regular(path, path.stat().st_mode)
+        sha256 = artifact["sha256"]
+        entry = Entry("pickle", PICKLE, sha256=sha256, made_with=artifact.get("made_with", {}))
+        return Revision(f"sha256:{sha256}", entry)
+
+    async def materialise(self, storage: Mapping[str, Json], revision: Revision, directory: Path) -> None:
+        """Copy a pickle. :raises BackendError: it is not the one that was registered."""
+        await to_thread.run_sync(self._copy_pickle, self._path(storage), revision.entry.sha256, directory)
+
+    async def upload(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
+        """Write a pickle, at the declared path or under a new name; check that a script is there."""
+        if artifact.kind == "script":
+            return await to_thread.run_sync(self._refer_to_script, storage, artifact)
+        return await to_thread.run_sync(self._write_pickle, storage, artifact)
+
+    def default_labels(self, storage: Mapping[str, Json]) -> tuple[str, ...]:
+        """The name of this machine: no other has the file."""
+        return (self._context.host,) if storage.get("add_default_labels", True) else ()
+
+    def default_result(self, storage: Mapping[str, Json]) -> dict[str, Json] | None:
+        """Files in the home of the agent that runs the flow."""
+        return {
+            "type": "LocalResult",
+            "storage": "Local",
+            "dir": None,
+            "location": None,
+            "serializer": "cloudpickle",
+        }
+
+    def _path(self, storage: Mapping[str, Json]) -> Path:
+        path = storage.get("path")
+        if not path:
+            raise BackendError("Local: the storage names no file; register the flow again, or give path=")
+        return Path(path)
+
+    def _script_digest(self, path: Path) -> str:
+        with self._reading(path):
+            self._check_regular(path, path.stat().st_mode)
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def _copy_pickle(self, path: Path, sha256: str | None, directory: Path) -> None:
+        with self._reading(path):
+            source = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            self._check_regular(path, os.fstat(source).st_mode)
+            _, found = files.write(directory / PICKLE, files.read(source))
+        finally:
+            os.close(source)
+        if found != sha256:
+            (directory / PICKLE).unlink()
+            raise BackendError(
+                f"Local: {path} has the digest sha256:{found}, and was registered with sha256:{sha256}; "
+                "it was changed since: register the flow again"
+            )
+
+    def _refer_to_script(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
+        declared = storage.get("path") or artifact.path
+        if not declared:
+            raise BackendError(
+                f"Local: which script flow {artifact.flow_name!r} is stored as is not known; give path="
+            )
+        path = Path(declared).expanduser().absolute()
+        self._script_digest(path)
+        return {**storage, "path": str(path)}
+
+    def _write_pickle(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
+        assert artifact.data is not None
+        declared = storage.get("path")
+        try:
+            if declared:
+                path = Path(declared).expanduser().absolute()
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                files.write(path, [artifact.data])
+            else:
+                path = self._write_new(storage.get("directory"), artifact.flow_name, artifact.data)
+        except OSError as error:
+            where = declared or storage.get("directory") or self._context.home / "flows"
+            raise BackendError(
+                f"Local: flow {artifact.flow_name!r} cannot be written to {where}: {error.strerror}; "
+                "check that directory"
+            ) from error
+        pinned = {
+            "kind": "pickle",
+            "sha256": artifact.sha256 or hashlib.sha256(artifact.data).hexdigest(),
+            "size": len(artifact.data),
+            "made_with": dict(artifact.made_with),
+        }
+        # a storage has a directory or a path, and now it is this path
+        return {**storage, "directory": None, "path": str(path), "artifact": pinned}
+
+    def _write_new(self, directory: str | None, flow_name: str, data: bytes) -> Path:
+        root = Path(directory).expanduser().absolute() if directory else self._context.home / "flows"
+        parent = root / slug(flow_name)
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        while True:
+            path = parent / slug(datetime.now(UTC).isoformat(timespec="microseconds"))
+            with suppress(FileExistsError):  # two flows with the same slug in the same microsecond
+                files.write(path, [data], exclusive=True)
+                return path
+
+    # -- results -------------------------------------------------------------------------------------
+
+    async def put(self, result: Mapping[str, Json], key: str, file: Path) -> dict[str, Json]:
+        """Keep a result as a file below the declared directory, or below ``results`` in the home.
+
+        :raises BackendError: the key leaves that directory, or the file cannot be written."""
+        return await to_thread.run_sync(self._write_result, result.get("dir"), key, file)
+
+    async def get(self, reference: Mapping[str, Json]) -> bytes:
+        """Read a result.
+
+        :raises StorageNotFoundError: it is gone.
+        :raises BackendError: it was changed since it was written."""
+        path = self._path(reference)
+
+        def read() -> bytes:
+            with self._reading(path):
+                self._check_regular(path, path.stat().st_mode)
+                return path.read_bytes()
+
+        data = await to_thread.run_sync(read)
+        if hashlib.sha256(data).hexdigest() != reference.get("sha256"):
+            raise BackendError(f"Local: result {path} was changed since; a later run may have replaced it")
+        return data
+
+    def _write_result(self, declared: str | None, key: str, file: Path) -> dict[str, Json]:
+        base = Path(declared or self._context.home / "results").expanduser().absolute()
+        *parents, name = self._parts(base, key)
+        try:
+            base.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                for part in parents:
+                    with suppress(FileExistsError):
+                        os.mkdir(part, 0o700, dir_fd=directory)
+                    # no link is followed below the base, so that none can lead out of it
+                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                    below = os.open(part, flags, dir_fd=directory)
+                    os.close(directory)
+                    directory = below
+                with open(file, "rb") as source:
+                    size, sha256 = files.publish(directory, name, files.read(source.fileno()))
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise BackendError(
+                f"Local: result {key!r} cannot be written below {base}: {error.strerror}; "
+                "check that directory, and that no link is on the way"
+            ) from error
+        return {
+            "storage": "Local",
+            "path": str(base.joinpath(*parents, name)),
+            "size": size,
+            "sha256": sha256,
+        }
+
+    def _parts(self, base: Path, key: str) -> tuple[str, ...]:
+        parts = PurePosixPath(key).parts
+        if not parts or key.startswith("/") or key.endswith("/") or ".." in parts or "\0" in key:
+            raise BackendError(f"Local: result key {key!r} leaves {base}; use a relative path without '..'")
+        return parts
+
+    # -- errors --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise StorageNotFoundError(
+                f"Local: no file {path} on {self._context.host}; "
+                "put it back, or run the flow on the machine that has it"
+            ) from None
+        except OSError as error:
+            raise BackendError(
+                f"Local: {path} on {self._context.host} cannot be read: {error.strerror}; "
+                "let the agent's user read it"
+            ) from error
+
+    def _check_regular(self, path: Path, mode: int) -> None:
+        if not stat.S_ISREG(mode):
+            raise BackendError(
+                f"Local: {path} on {self._context.host} is not a regular file; register a file"
+            )

@@ -1,0 +1,233 @@
+"""However a flow ends, its run ends at once, with the right state and a reason."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tests.e2e.harness import Site, processes_of, until
+
+FLOWS = """
+    import os, signal, subprocess, sys, time
+    from flowagent import flow
+
+    @flow
+    def fine():
+        print("all is well")
+
+    @flow
+    def raises():
+        print("before")
+        raise ValueError("no such row")
+
+    @flow
+    def exits():
+        os._exit(3)
+
+    @flow
+    def leaves():
+        sys.exit(4)
+
+    @flow
+    def dies():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @flow
+    def segfaults():
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    @flow
+    def hangs():
+        print("hanging", flush=True)
+        time.sleep(600)
+
+    @flow
+    def stubborn():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        code = '''if 1:
+            import os, signal, time
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if os.fork(): os._exit(0)
+            os.setsid()
+            if os.fork(): os._exit(0)
+            open(os.environ["MARK"], "w").write(str(os.getpid()))
+            time.sleep(600)
+        '''
+        subprocess.run([sys.executable, "-c", code])
+        print("daemon is out", flush=True)
+        time.sleep(600)
+
+    @flow
+    def leaks():
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+"""
+
+
+@pytest.fixture
+def flows(site: Site) -> Site:
+    site.command("register", site.write("flows.py", FLOWS))
+    site.start()
+    return site
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "reason"),
+    [
+        ("fine", "completed", None),
+        ("raises", "failed", "ValueError: no such row"),
+        ("exits", "failed", "exited with code 3"),
+        ("leaves", "failed", "4"),
+        ("dies", "crashed", "killed by SIGKILL"),
+        ("segfaults", "crashed", "killed by SIGSEGV"),
+    ],
+)
+def test_every_end_is_told_apart(flows: Site, name: str, state: str, reason: str | None) -> None:
+    shown = flows.wait_for(flows.submit(name))
+    assert shown["state"] == state
+    assert (shown["reason"] or "") == "" if reason is None else reason in shown["reason"]
+
+
+def test_exit_at_import_ends_the_run(site: Site) -> None:
+    script = site.write("flow.py", "from flowagent import flow\n@flow\ndef one():\n    pass\n")
+    site.command("register", script)
+    script.write_text("import sys\nprint('loading')\nsys.exit(7)\n")
+    site.start()
+    run = site.submit("one")
+    shown = site.wait_for(run)
+    assert (shown["state"], "sys.exit(7)" in shown["reason"]) == ("failed", True), shown
+    assert "loading" in site.output(run)
+
+
+def test_a_traceback_is_in_the_output_and_points_into_the_script(flows: Site) -> None:
+    run = flows.submit("raises")
+    flows.wait_for(run)
+    output = flows.output(run)
+    assert "before" in output
+    assert "sources/flows.py" in output and 'raise ValueError("no such row")' in output
+
+
+def test_a_hang_past_the_timeout_fails(site: Site) -> None:
+    site.command(
+        "register",
+        site.write(
+            "flow.py",
+            """
+            import time
+            from flowagent import flow
+            from flowagent.run_configs import LocalRun
+            @flow(run_config=LocalRun(timeout=0.5))
+            def slow():
+                print("begun", flush=True)
+                try:
+                    time.sleep(600)
+                finally:
+                    print("cleaned up", flush=True)
+            """,
+        ),
+    )
+    site.start()
+    run = site.submit("slow")
+    shown = site.wait_for(run, timeout=10)
+    assert (shown["state"], shown["reason"]) == ("failed", "timed out after 0.5 s")
+    assert "cleaned up" in site.output(run)
+
+
+def test_cancel_reaches_daemonised_grandchildren_that_ignore_sigterm(flows: Site, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    run = flows.submit("stubborn", "--env", f"MARK={mark}")
+    until(lambda: mark.exists() and mark.read_text() and "daemon is out" in flows.output(run))
+    daemon = int(mark.read_text())
+    os.kill(daemon, 0)
+    flows.command("cancel", run, "--reason", "enough")
+    shown = flows.wait_for(run, timeout=30)
+    assert (shown["state"], shown["reason"]) == ("cancelled", "enough")
+    with pytest.raises(ProcessLookupError):
+        os.kill(daemon, 0)
+
+
+def test_what_a_flow_leaves_running_ends_with_it(flows: Site) -> None:
+    run = flows.submit("leaks")
+    assert flows.wait_for(run)["state"] == "completed"
+    stamped = [
+        pid for pid in processes_of(flows.home) if b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert stamped == []
+
+
+def test_a_killed_supervisor_is_a_crash_and_leaves_nothing(flows: Site) -> None:
+    run = flows.submit("hangs")
+    until(lambda: "hanging" in flows.output(run))
+    supervisors = [
+        pid
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+        if _comm(pid) == "flowagent-run" and str(flows.home) in _cmdline(pid)
+    ]
+    assert len(supervisors) == 1
+    os.kill(supervisors[0], signal.SIGKILL)
+    shown = flows.wait_for(run)
+    assert (shown["state"], "supervisor" in shown["reason"]) == ("crashed", True)
+    until(lambda: not [pid for pid in processes_of(flows.home) if _comm(pid).startswith("flow:")], 5)
+
+
+def _comm(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _cmdline(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    except OSError:
+        return ""
+
+
+def test_out_of_memory_is_named(site: Site) -> None:
+    """A real kill by the kernel, in a memory cgroup of its own that the flow process puts itself into."""
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    base, limit, procs = (
+        (v1, "memory.limit_in_bytes", "tasks")
+        if (v1 / "tasks").exists()
+        else (v2, "memory.max", "cgroup.procs")
+    )
+    group = base / f"flowagent-test-{os.getpid()}"
+    group.mkdir()  # needs a memory controller: run the tests as root, or with one delegated
+    try:
+        (group / limit).write_text(str(64 << 20))
+        site.command(
+            "register",
+            site.write(
+                "flow.py",
+                f"""
+                import os
+                from flowagent import flow
+                @flow
+                def greedy():
+                    with open({str(group / procs)!r}, "w") as file:
+                        file.write(str(os.getpid()))
+                    print("eating", flush=True)
+                    hoard = []
+                    while True:
+                        hoard.append(bytearray(os.urandom(1 << 20)))
+                """,
+            ),
+        )
+        site.start()
+        shown = site.wait_for(site.submit("greedy"))
+        assert shown["state"] == "crashed" and "out of memory" in shown["reason"], shown
+    finally:
+        time.sleep(0.1)
+        group.rmdir()
+
+
+def test_a_full_run_is_recorded_with_its_figures(flows: Site) -> None:
+    run = flows.submit("fine")
+    shown = flows.wait_for(run)
+    attempt = shown["attempts"][-1]
+    assert attempt["exit_code"] == 0 and attempt["signal"] is None
+    assert attempt["peak_memory"] > 1 << 20 and attempt["cpu_time"] > 0
+    assert attempt["revision"].startswith("sha256:") and attempt["sandbox"] == "process"

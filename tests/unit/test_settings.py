@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowagent.errors import SettingsError
+from flowagent.settings import Settings, load
+
+
+def settings(tmp_path: Path, text: str = "", environ: dict[str, str] | None = None, **flags: Any) -> Settings:
+    home = tmp_path / "home"
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(text)
+    return load(None, {"FLOWAGENT_HOME": str(home), **(environ or {})}, flags)
+
+
+def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = load(None, {})
+    home = tmp_path / ".flowagent"
+    assert found == Settings(home=home, store=f"sqlite:///{home}/flowagent.db")
+    assert found.store.startswith("sqlite:////")
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert found.capacity == max(2, 2 * len(os.sched_getaffinity(0)))
+    assert (found.flows_dir, found.secrets_dir) == (home / "flows", home / "secrets")
+
+
+def test_flags_come_before_the_environment_before_the_file(tmp_path: Path) -> None:
+    text = 'store = "sqlite:////file"\n[agent]\nlimit = 3\ngrace = 4\nname = "file"\n'
+    environ = {"FLOWAGENT_LIMIT": "5", "FLOWAGENT_NAME": "environment"}
+    found = settings(tmp_path, text, environ, name="flag", limit=None)
+    assert (found.store, found.grace, found.limit, found.name) == ("sqlite:////file", 4.0, 5, "flag")
+    assert found.capacity == 5
+
+
+def test_every_kind_of_value_from_the_file(tmp_path: Path) -> None:
+    found = settings(
+        tmp_path,
+        '[agent]\nlabels = ["b", "a,c"]\nhostname_label = false\nimport_paths = ["/x", "~/y"]\n'
+        'log_format = "JSON"\nlease = 1.5\nenv = {A = "1", B = "x=y"}\n',
+    )
+    assert found.labels == ("a", "b", "c")
+    assert found.hostname_label is False
+    assert found.import_paths == (Path("/x"), Path("~/y").expanduser())
+    assert (found.log_format, found.lease, found.env) == ("json", 1.5, {"A": "1", "B": "x=y"})
+
+
+def test_every_kind_of_value_from_the_environment(tmp_path: Path) -> None:
+    found = settings(
+        tmp_path,
+        environ={
+            "FLOWAGENT_LABELS": "a, b",
+            "FLOWAGENT_REQUIRE_LABELS": "Yes",
+            "FLOWAGENT_ENV": "A=1,B=x=y",
+            "FLOWAGENT_IMPORT_PATHS": "/x:/y",
+            "FLOWAGENT_POLL": "0.5",
+            "FLOWAGENT_SECRET_LABELS": "not a setting",
+            "FLOWAGENT_RUN_ID": "not a setting either",
+        },
+    )
+    assert (found.labels, found.require_labels, found.poll) == (("a", "b"), True, 0.5)
+    assert (found.env, found.import_paths) == ({"A": "1", "B": "x=y"}, (Path("/x"), Path("/y")))
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "flags", "message"),
+    [
+        ("[agent]\nlable = []", {}, {}, r"key agent.lable is unknown; did you mean agent.label"),
+        ("labels = []", {}, {}, r"key labels is unknown; did you mean agent.labels"),
+        ("[agent]\nstore = 'x'", {}, {}, r"key agent.store is unknown; did you mean"),
+        ("qqqq = 1", {}, {}, r"key qqqq is unknown; known are home, store, agent.name"),
+        ("agent = 1", {}, {}, r"a table \[agent\] is expected"),
+        ("x = ]\ny = 1", {}, {}, r"config.toml is not valid TOML: .*line 1"),
+        ("[agent]\nlimit = '3x'", {}, {}, r"agent.limit has the value '3x', and a whole number"),
+        ("[agent]\nlimit = 0", {}, {}, r"agent.limit has the value 0, and"),
+        ("[agent]\nlimit = true", {}, {}, r"agent.limit has the value True, and"),
+        ("[agent]\nlabels = 3", {}, {}, r"agent.labels has the value 3, and a list of strings"),
+        ("[agent]\nlabels = ['a b']", {}, {}, r"agent.labels: label 'a b' has white space"),
+        ("[agent]\nenv = {A = 1}", {}, {}, r"agent.env has the value .*, and a table of strings"),
+        ("[agent]\nlease = 'soon'", {}, {}, r"a number of seconds above 0 is expected"),
+        ("[agent]\nlease = nan", {}, {}, r"a number of seconds above 0 is expected"),
+        ("[agent]\nhostname_label = 'maybe'", {}, {}, r"true or false is expected"),
+        ("", {"FLOWAGENT_LOG_FORMAT": "xml"}, {}, r"FLOWAGENT_LOG_FORMAT .*'xml', and one of auto, console"),
+        ("", {"FLOWAGENT_LABLES": "a"}, {}, r"FLOWAGENT_LABLES is unknown; did you mean FLOWAGENT_LABELS"),
+        ("", {"FLOWAGENT_ENV": "A"}, {}, r"FLOWAGENT_ENV has the value 'A', and .*KEY=VALUE"),
+        ("", {}, {"limit": -1}, r"option limit has the value -1"),
+        ("", {}, {"lmit": 1}, r"option lmit is unknown; did you mean limit"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_expected(
+    tmp_path: Path, text: str, environ: dict[str, str], flags: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        settings(tmp_path, text, environ, **flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_named_file_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.toml does not exist; check --config"):
+        load(tmp_path / "nowhere.toml", {"FLOWAGENT_HOME": str(tmp_path)})
+
+
+def test_a_named_file_may_set_the_home(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(f'home = "{tmp_path}/other"')
+    assert load(tmp_path / "c.toml", {}).home == tmp_path / "other"
+    assert load(tmp_path / "c.toml", {"FLOWAGENT_HOME": f"{tmp_path}/third"}).home == tmp_path / "third"
+
+
+def test_a_home_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot be created: Not a directory; set FLOWAGENT_HOME"):
+        load(None, {"FLOWAGENT_HOME": str(tmp_path / "file" / "home")})
