@@ -12,3 +12,12 @@ def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path)
     yield site
     site.close()
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A site with an agent at work, for all tests of a file that do not disturb one another."""
+    site = Site(tmp_path_factory.mktemp("workshop"))
+    site.start("--grace", "1s", "--lease", "10s", "--limit", "4")
+    yield site
+    site.close()

@@ -114,6 +114,11 @@ class Site:
         """Ask for a run; its id."""
         return str(json.loads(self.command("run", name, "--json", *options).stdout)["id"])
 
+    def watch(self, name: str, *options: str, code: int = 0) -> str:
+        """Ask for a run and watch it to its end, which gives the exit code; all that was seen."""
+        done = self.execute([*COMMAND, "run", name, "--watch", *options], code=code, env={"NO_COLOR": "1"})
+        return done.stdout + done.stderr
+
     def show(self, run: str) -> dict[str, Any]:
         shown = json.loads(self.command("show", run, "--json").stdout)
         return {**shown["run"], **{key: shown[key] for key in ("attempts", "tasks", "last_lines")}}

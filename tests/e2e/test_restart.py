@@ -43,7 +43,7 @@ def test_a_killed_agent_comes_back_and_no_line_is_lost(lines: Site) -> None:
     assert alive, "the flow must live on without its agent"
     time.sleep(0.3)
     again = lines.start()
-    assert '"found a live attempt"' in until(lambda: lines.log(again))
+    until(lambda: '"found a live attempt"' in lines.log(again))
     shown = lines.wait_for(run)
     assert shown["state"] == "completed" and shown["attempt"] == 1, shown
     assert numbers(lines.output(run)) == list(range(150))

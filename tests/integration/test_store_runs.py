@@ -162,6 +162,9 @@ async def test_agents(store: SQLStore) -> None:
     await store.database.write(
         lambda tx: tx.execute("UPDATE agent SET seen = seen - 31 WHERE name = 'second'")
     )
+    with pytest.raises(UsageError, match="'second' is alive"):  # silent, but it holds a lease that lives
+        await store.announce(an_agent("second", host="moved"))
+    await store.database.write(lambda tx: tx.execute("UPDATE attempt SET lease_expires = 1"))
     await store.announce(an_agent("second", host="moved"))
     await store.depart("first")
     assert [(each.name, each.host) for each in await store.agents()] == [("second", "moved")]

@@ -167,10 +167,16 @@ class Agent:
         except Exception:
             self.log.exception("an attempt failed inside the agent", run_id=attempt.run_id)
             # The next renewal finds it unknown and records that; by then nothing of it may live.
-            await self._services.runner.forbid(attempt.directory, "the agent failed")
+            await self._forbid(attempt.directory, "the agent failed")
         finally:
             del self._attempts[attempt.run_id, attempt.number]
             self._make_room()
+
+    async def _forbid(self, directory: RunDirectory, reason: str) -> None:
+        try:
+            await self._services.runner.forbid(directory, reason)
+        except OSError as error:
+            self.log.error("cannot end an attempt", path=directory.path, error=str(error))
 
     async def _until_next(self) -> float:
         """Seconds to sleep when no doorbell rings: to the next due run, at most the jittered fallback."""
@@ -224,6 +230,9 @@ class Agent:
                 (lease.run_id, lease.attempt): lease
                 for lease in await self._store.renew(self.info.name, self._settings.lease)
             }
+        if held.keys() - known:
+            # Another host's agent may have taken the name while this one slept: then they are not ours.
+            await self._store.announce(replace(self.info, stopping=self._stopping.is_set()))
         for key, lease in held.items():
             attempt = known.get(key)
             if attempt is None:
@@ -293,14 +302,14 @@ class Agent:
     async def _clear(self, directory: RunDirectory) -> None:
         """End and remove what is left of an attempt that is not ours any more."""
         self.log.info("clearing an old run directory", path=directory.path)
-        await self._services.runner.forbid(directory, "lease lost")
-        directory.remove()
+        await self._forbid(directory, "lease lost")
+        await anyio.to_thread.run_sync(directory.remove)
 
     async def _warm_up(self) -> None:
         """Have the launcher running before the first run asks for it."""
         try:
             await self._services.runner.prepare()
-        except FlowagentError as error:
+        except (FlowagentError, OSError) as error:
             self.log.error("the launcher does not start", error=str(error))
 
     # -- stopping --------------------------------------------------------------------------------------

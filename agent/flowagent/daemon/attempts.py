@@ -73,8 +73,12 @@ class Attempt:
     def extend(self, deadline: float) -> None:
         """The lease was renewed: let the supervisor know how long the attempt may live."""
         self._deadline = deadline
-        with suppress(FileNotFoundError):  # not made yet, or gone already
+        try:
             self.directory.write_lease(deadline)
+        except FileNotFoundError:
+            pass  # not made yet, or gone already
+        except OSError as error:
+            self._log.warning("the lease cannot be passed on to the flow's supervisor", error=str(error))
 
     def stop(self, reason: str, grace: float | None = None) -> None:
         """Bring it to an end: SIGTERM, grace, SIGKILL; or, before there is a process, at once."""
@@ -149,8 +153,8 @@ class Attempt:
     async def _discard(self) -> None:
         """Remove the run directory, once nothing lives in it and nothing can."""
         await self._services.runner.forbid(self.directory, "not needed any more")
-        with suppress(FileNotFoundError):
-            self.directory.remove()
+        if not self.directory.remove_own():
+            await anyio.to_thread.run_sync(self.directory.remove)
 
     # -- start -----------------------------------------------------------------------------------------
 
@@ -248,11 +252,11 @@ class Attempt:
                 killed = services.runner.reap(self.directory, self.run_id, self.number)
                 self._log.warning("the supervisor was killed", leftovers=killed)
             await shipper.pump(final=True)
-        except LeaseLostError:
+        except* LeaseLostError:
             self.lose()
             await self._discard()
-            return
-        await self._conclude(shipper, status)
+        else:
+            await self._conclude(shipper, status)
 
     def _shipper(self, start: int) -> Shipper:
         services = self._services
@@ -285,7 +289,10 @@ class Attempt:
     def _executed(self, sha256: str) -> str | None:
         """The revision that in fact ran, where resolving alone could not say: a script used in place may
         have been edited since, and a module is found by its interpreter only."""
-        plan = self.directory.read_spec()
+        try:
+            plan = self.directory.read_spec()
+        except (OSError, ValueError):
+            return None  # the flow has been there
         if plan["source"]["kind"] == "module":
             return f"{plan['revision']}@sha256:{sha256}"
         if plan["source"]["kind"] == "script" and plan["in_place"]:

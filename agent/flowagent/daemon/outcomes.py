@@ -18,10 +18,10 @@ def outcome_of(status: Mapping[str, Any]) -> Outcome:
     return Outcome(
         state=state,
         reason=reason,
-        exit_code=status.get("exit_code"),
-        signal=status.get("signal"),
-        peak_memory=status.get("peak_memory"),
-        cpu_time=status.get("cpu_time"),
+        exit_code=_integer(status.get("exit_code"), 31),
+        signal=_integer(status.get("signal"), 31),
+        peak_memory=_integer(status.get("peak_memory"), 62),
+        cpu_time=_seconds(status.get("cpu_time")),
         retryable=retryable,
     )
 
@@ -31,15 +31,16 @@ def _judge(status: Mapping[str, Any]) -> tuple[State, str | None, bool]:
         return State.CRASHED, f"the supervisor failed: {status['error']}", True
     if "ended" not in status:
         return State.CRASHED, "the supervisor of the flow process was killed", True
-    said = status.get("outcome") or {}
+    said = status.get("outcome")
+    said = said if isinstance(said, dict) else {}
     completed = said.get("state") == "completed" and status.get("exit_code") == 0
     stop = status.get("stop")
     if stop == "timeout":
-        return State.FAILED, status["reason"], True
+        return State.FAILED, str(status.get("reason")), True
     if stop == "lease":
         return State.CRASHED, f"lease lost: {status['reason']}", True
     if stop == "stop" and not completed:
-        return State.CANCELLED, status["reason"], False
+        return State.CANCELLED, str(status.get("reason")), False
     number = status.get("signal")
     if status.get("out_of_memory"):
         return State.CRASHED, "killed by the kernel: out of memory", True
@@ -54,6 +55,15 @@ def _judge(status: Mapping[str, Any]) -> tuple[State, str | None, bool]:
     if code == EXIT_INTERNAL:
         return State.CRASHED, "the flow process could not be set up; see the output", True
     return State.FAILED, f"the flow process exited with code {code} before the flow had ended", True
+
+
+def _integer(value: object, bits: int) -> int | None:
+    """A number that a store can hold: the flow process could have written to the journal as well."""
+    return value if isinstance(value, int) and abs(value) < 1 << bits else None
+
+
+def _seconds(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e12 else None
 
 
 def _name(number: int) -> str:

@@ -23,7 +23,7 @@ from flowagent.flows.names import slug
 from flowagent.models import FlowSpec, Json, OutputChunk, TaskRun
 from flowagent.redaction import Redactor
 from flowagent.runtime.events import Event, Parser
-from flowagent.runtime.rundir import RunDirectory
+from flowagent.runtime.rundir import RunDirectory, open_plain
 from flowagent.store.protocol import Store
 
 PIECE = 256 * 1024
@@ -34,6 +34,10 @@ TASK_STATES = frozenset({"running", "retrying", "completed", "failed", "skipped"
 ENDED = frozenset({"completed", "failed", "skipped"})
 MAX_TEXT = 4000
 """Characters of a name or reason that are kept."""
+LATEST = 1e12
+"""Seconds since 1970 above which a number is no time."""
+MAX_TRIES = 1 << 31
+"""What every store's columns hold."""
 
 
 class Shipper:
@@ -64,6 +68,7 @@ class Shipper:
         self._shipped = start  # raw bytes that the store has
         self._parser = Parser()
         self._tasks: set[str] = set()
+        self._taken: list[Path] = []  # results that were put, and of which the store may not know yet
         self.loaded_sha256: str | None = None
 
     async def pump(self, *, final: bool = False) -> bool:
@@ -90,13 +95,15 @@ class Shipper:
         chunks = [chunk] if chunk else []
         call = partial(self._store.append, self._run_id, self._attempt, chunks, tasks)
         await patiently(call, self._log, "shipping output")
+        while self._taken:
+            self._taken.pop().unlink(missing_ok=True)
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         # A piece per await of the store: local reads of this size are quicker than a trip to a thread.
         try:
-            fd = os.open(self._run.output_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return
+            fd = open_plain(self._run.output_path, os.O_RDONLY)
+        except OSError:
+            return  # not there yet; or the flow put something else in its place
         try:
             while data := os.pread(fd, PIECE, self._read):
                 self._read += len(data)
@@ -132,18 +139,18 @@ class Shipper:
 
     def _task(self, event: Mapping[str, Any]) -> TaskRun | None:
         """A task's state from its event; None when the event is not one that flowagent writes."""
-        name, state = event.get("task"), event.get("state")
+        name, state = event.get("task"), str(event.get("state"))
         if not isinstance(name, str) or state not in TASK_STATES or not self._known(name):
             return None
         reason, tries, time = event.get("reason"), event.get("tries"), event.get("time")
-        when = float(time) if isinstance(time, (int, float)) else None
+        when = float(time) if isinstance(time, (int, float)) and 0 <= time < LATEST else None
         return TaskRun(
             run_id=self._run_id,
             attempt=self._attempt,
             task=name,
-            state=str(state),
+            state=state,
             reason=self.clean(str(reason)) if reason else None,
-            tries=tries if isinstance(tries, int) else 1,
+            tries=tries if isinstance(tries, int) and 0 <= tries < MAX_TRIES else 1,
             started=when if state == "running" else None,
             ended=when if state in ENDED else None,
         )
@@ -169,12 +176,11 @@ class Shipper:
         reference: dict[str, Json]
         try:
             reference = await self._backends.get(declaration["storage"]).put(declaration, key, file)
-            reference["serializer"] = event.get("serializer")
-        except BackendError as error:
+            reference["serializer"] = str(event.get("serializer"))[:MAX_TEXT]
+        except (BackendError, ValueError) as error:
             self._log.warning("result not written", run_id=self._run_id, task=task, error=str(error))
             reference = {"error": self.clean(str(error))}
-        finally:
-            file.unlink(missing_ok=True)
+        self._taken.append(file)
         state = "running" if task else "completed"
         return TaskRun(self._run_id, self._attempt, task, state, result=reference)
 
@@ -205,10 +211,13 @@ class Shipper:
         try:
             os.rename(name, taken, src_dir_fd=directory)
         except OSError:
-            return None
+            pass  # taken already by an agent that died before the store knew?
         finally:
             os.close(directory)
-        found = taken.lstat()
+        try:
+            found = taken.lstat()
+        except OSError:
+            return None
         if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
             return taken
         with suppress(OSError):

@@ -46,6 +46,8 @@ def _frozen(kind: str, parts: list[_Node]) -> _Node:
 
 _MARK = _leaf("mark")
 _STATIC_ATTRIBUTES = _leaf("str", b"__static_attributes__").digest
+_PACKAGE = _leaf("str", b"__package__").digest
+_NONE, _EMPTY = _leaf("none"), _leaf("str", b"")
 _SIMPLE = {
     "NONE": lambda arg: _leaf("none"),
     "NEWTRUE": lambda arg: _leaf("true"),
@@ -155,13 +157,14 @@ def _parts(node: _Node) -> list[_Node]:
     if node.kind == "set" and all(part.digest is not None for part in node.parts):
         return sorted(node.parts, key=lambda part: part.digest or b"")
     if node.kind == "dict":
-        keys, values = node.parts[::2], node.parts[1::2]
-        if any(key.digest == _STATIC_ATTRIBUTES for key in keys):  # a tuple made from a set by Python 3.13
-            values = [
-                _frozen("frozenset", value.parts) if key.digest == _STATIC_ATTRIBUTES else value
-                for key, value in zip(keys, values)  # strict= needs Python 3.10
-            ]
-            return [part for pair in zip(keys, values) for part in pair]
+        parts = list(node.parts)
+        for index in range(0, len(parts) - 1, 2):
+            key, value = parts[index : index + 2]
+            if key.digest == _STATIC_ATTRIBUTES:  # a tuple made from a set by Python 3.13
+                parts[index + 1] = _frozen("frozenset", value.parts)
+            elif key.digest == _PACKAGE and value.digest == _EMPTY.digest:  # what __main__ has as None
+                parts[index + 1] = _NONE
+        return parts
     return node.parts
 
 

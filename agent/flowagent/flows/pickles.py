@@ -66,9 +66,9 @@ def dump(flow: BaseFlow, root: Path | None = None) -> Pickle:
                 f"create such objects inside a task, or use stored_as_script=True"
             ) from error
     data = buffer.getvalue()
-    return Pickle(
-        data, hashlib.sha256(data).hexdigest(), versions(), fingerprint(data, frozenset(tracked.values()))
-    )
+    # one script is __main__ when its author runs it, and has another name when it is loaded
+    neutral = {*tracked.values(), flow.defined_in, "__main__"}
+    return Pickle(data, hashlib.sha256(data).hexdigest(), versions(), fingerprint(data, neutral))
 
 
 def load(data: bytes, sha256: str | None, made_with: Mapping[str, str]) -> BaseFlow:

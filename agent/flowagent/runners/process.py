@@ -30,7 +30,9 @@ from flowagent.runtime.rundir import RunDirectory
 START_TIMEOUT = 30.0
 """Seconds that an interpreter may take to come up as a launcher."""
 REQUEST_TIMEOUT = 20.0
-"""Seconds that a running launcher may take to answer."""
+"""Seconds that a running launcher may take to answer a request."""
+GREETING_TIMEOUT = 5.0
+"""Seconds that one found running may take to prove itself; then it is replaced."""
 
 
 class ProcessRunner:
@@ -84,23 +86,31 @@ class ProcessRunner:
         """Wait until the attempt's supervisor has ended; the merged status it left.
 
         Without ``"ended"`` in it the supervisor was killed. ``supervisor`` is the pid that ``start`` gave."""
-        pid = run.supervisor() or supervisor
-        if pid is not None and "ended" not in run.status():
+        while True:
+            pid = run.supervisor() or supervisor
+            supervisor = None  # once: a request that was repeated told of one that left the place to another
+            if pid is None or "ended" in run.status():
+                return run.status()
             try:
                 pidfd = os.pidfd_open(pid)
             except ProcessLookupError:
-                return run.status()
+                continue
             try:
-                # A pid taken from the lock may have been reused before pidfd_open; the lock tells.
-                if supervisor is not None or run.supervisor() == pid:
+                # Reused before pidfd_open? The lock tells; before there is any, the journal is empty.
+                if run.supervisor() == pid or not run.status():
                     await anyio.wait_readable(pidfd)
             finally:
                 os.close(pidfd)
-        return run.status()
 
     def stop(self, run: RunDirectory, reason: str, grace: float) -> bool:
         """Ask for the end of an attempt: SIGTERM, ``grace`` seconds, SIGKILL to all. Whether anyone heard."""
-        run.request_stop(reason, grace)
+        number = signal.SIGUSR1
+        try:
+            run.request_stop(reason, grace)
+        except FileNotFoundError:
+            raise
+        except OSError:  # the disk is full: word cannot be left, yet it can be told to end
+            number = signal.SIGTERM
         pid = run.supervisor()
         if pid is None:
             return False
@@ -111,7 +121,7 @@ class ProcessRunner:
         try:
             if run.supervisor() != pid:
                 return False
-            signal.pidfd_send_signal(pidfd, signal.SIGUSR1)
+            signal.pidfd_send_signal(pidfd, number)
         except ProcessLookupError:
             return False
         finally:
@@ -120,7 +130,7 @@ class ProcessRunner:
 
     async def forbid(self, run: RunDirectory, reason: str) -> None:
         """See to it that nothing of the attempt lives, and that nothing of it can begin any more."""
-        if not run.take_place():
+        if not run.take_place() and run.supervisor() is not None:
             with suppress(FileNotFoundError):
                 self.stop(run, reason, 0)
             await self.wait(run)
@@ -168,10 +178,15 @@ class _Launcher:
     environ: Mapping[str, str]
     _lock: anyio.Lock = field(default_factory=anyio.Lock)
     _connection: socket.socket | None = None
+    _process: int | None = None  # the launcher's pid, if it is a child of this process: ours to reap
 
     async def connected(self) -> None:
+        """Find or start it. :raises LauncherError: it does not start."""
         async with self._lock:
-            await self._connect()
+            try:
+                await self._connect()
+            except OSError as error:
+                raise LauncherError(f"cannot start {self.interpreter}: {error.strerror}") from error
 
     async def spawn(self, directory: str, fds: Mapping[str, int]) -> int:
         request = {"op": "spawn", "directory": directory, "fds": list(fds)}
@@ -201,7 +216,8 @@ class _Launcher:
             if self._connection is not None:
                 with suppress(OSError):
                     self._connection.send(json.dumps({"op": "exit"}).encode())
-                self._disconnect()
+                self._connection.close()
+                self._connection = None
 
     @property
     def _key(self) -> str:
@@ -220,26 +236,28 @@ class _Launcher:
         if self._connection is None:
             path = str(self.directory / f"{self._key}.sock")
             key = self._shared_key()
-            try:
-                connection = sockets.connect(path)  # left running by an agent before us?
-                timeout = REQUEST_TIMEOUT
-                process = None
-            except OSError:
-                process = self._start(path)
-                connection = sockets.connect(path)
-                timeout = START_TIMEOUT
-            connection.setblocking(False)
-            try:
-                await self._handshake(connection, key, timeout, process)
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
+            with suppress(OSError, LauncherError):  # left running by an agent before us, and well?
+                self._connection = await self._greeted(sockets.connect(path), key, GREETING_TIMEOUT)
+            if self._connection is None:
+                self._end_process()
+                self._process, connection = self._start(path)
+                try:
+                    self._connection = await self._greeted(connection, key, START_TIMEOUT)
+                except BaseException:
+                    self._end_process()
+                    raise
         return self._connection
 
-    async def _handshake(
-        self, connection: socket.socket, key: bytes, timeout: float, process: int | None
-    ) -> None:
+    async def _greeted(self, connection: socket.socket, key: bytes, timeout: float) -> socket.socket:
+        """The connection, after both ends have proved themselves; closed if they do not."""
+        try:
+            await self._handshake(connection, key, timeout)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def _handshake(self, connection: socket.socket, key: bytes, timeout: float) -> None:
         challenge = sockets.nonce()
         try:
             with anyio.fail_after(timeout):
@@ -267,12 +285,14 @@ class _Launcher:
             temporary.rename(path)
         return key
 
-    def _start(self, path: str) -> int:
-        """Start the launcher on a socket that listens already: nobody has to wait for it to appear."""
+    def _start(self, path: str) -> tuple[int, socket.socket]:
+        """Start the launcher on a socket that listens already, and to which the agent is connected: nobody
+        has to wait for it to appear, and one that ends at once is heard to."""
         log = os.open(self._log_path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         server = sockets.listen(path)
+        connection = sockets.connect(path)
         try:
-            return os.posix_spawn(
+            pid = os.posix_spawn(
                 self.interpreter,
                 [self.interpreter, str(self.ground / ground.ENTRY), "3", str(self.directory / "key")],
                 dict(self.environ),
@@ -284,7 +304,9 @@ class _Launcher:
                 ],
                 setsid=True,
             )
+            return pid, connection
         except OSError as error:
+            connection.close()
             raise LauncherError(f"cannot start {self.interpreter}: {error.strerror}") from error
         finally:
             server.close()
@@ -295,6 +317,14 @@ class _Launcher:
             lines = self._log_path.read_text(errors="replace").strip().splitlines()
             return lines[-1] if lines else ""
         return ""
+
+    def _end_process(self) -> None:
+        """Have no launcher of ours that is dead, hangs, or never came up. Supervisors live on without it."""
+        if self._process is not None:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self._process, signal.SIGKILL)
+                os.waitpid(self._process, 0)
+            self._process = None
 
     def _disconnect(self) -> None:
         if self._connection is not None:

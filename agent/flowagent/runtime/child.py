@@ -233,14 +233,17 @@ class _Observer(Observer):
         self._emitter = emitter
         self._directory = directory.results
         self._files = 0
+        self._pid = os.getpid()
 
     def task(self, slug: str, name: str, state: str, reason: str | None = None, tries: int = 1) -> None:
+        self._check_process()
         data = {"task": slug, "name": name, "state": state, "tries": tries}
         if reason:
             data["reason"] = reason[:MAX_REASON]
         self._emitter.emit("task", **data)
 
     def result(self, slug: str, value: Any, declaration: Any) -> None:
+        self._check_process()
         serializer = declaration.serializer
         data = serializer_named(serializer).dumps(value)
         self._files += 1
@@ -254,3 +257,8 @@ class _Observer(Observer):
             serializer=serializer,
             location=format_location(declaration, {name: context.get(name) for name in LOCATION_NAMES}),
         )
+
+    def _check_process(self) -> None:
+        """A process that user code forked, and let come back up here, would execute the rest again."""
+        if os.getpid() != self._pid:
+            os._exit(1)

@@ -56,14 +56,14 @@ class Parser:
                 yield Text(data[position : begin if begin >= 0 else len(data)])
                 if begin < 0:
                     return
-            end = data.find(LF, begin)
-            again = data.find(RS, begin + 1, end if end >= 0 else len(data))
-            if again >= 0:  # another event begins before this one ended: the writer died in the middle
-                yield Text(data[begin:again])
-                position = again
-            elif end >= 0:
+            again = data.find(RS, begin + 1)
+            end = data.find(LF, begin, again if again >= 0 else len(data))
+            if end >= 0:
                 yield _decode(data[begin : end + 1])
                 position = end + 1
+            elif again >= 0:  # another event begins before this one ended: the writer died in the middle
+                yield Text(data[begin:again])
+                position = again
             elif len(data) - begin > MAX_EVENT:
                 yield Text(data[begin:])
                 return
@@ -82,7 +82,7 @@ def _decode(frame: bytes) -> Text | Event:
     if len(frame) <= MAX_EVENT:
         try:
             data = json.loads(frame[1:-1])
-        except ValueError:
+        except (ValueError, RecursionError):
             return Text(frame)
         if isinstance(data, dict) and isinstance(data.get("event"), str):
             return Event(data)

@@ -17,16 +17,20 @@ the kernel drops it when the process dies.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import math
 import os
-import shutil
+import stat
 import struct
 import time
 from pathlib import Path
 from typing import Any
 
 LEASE_WIDTH = 32
+MAX_NOTES = 1 << 20
+"""Bytes that are read of a file that the flow could write to as well."""
 FLOCK = struct.Struct("hhqqi")  # struct flock of Linux on 64 bits: type, whence, start, length, pid
 
 
@@ -67,7 +71,7 @@ class RunDirectory:
 
     def write_lease(self, deadline: float) -> None:
         """Let the attempt live until ``deadline`` (:func:`boottime`); one write, never a torn value."""
-        fd = os.open(self.lease_path, os.O_CREAT | os.O_WRONLY, 0o600)
+        fd = open_plain(self.lease_path, os.O_CREAT | os.O_WRONLY)
         try:
             os.pwrite(fd, b"%-*.3f\n" % (LEASE_WIDTH - 1, deadline), 0)
         finally:
@@ -82,22 +86,21 @@ class RunDirectory:
     def read_lease(self) -> float:
         """0.0 when the lease cannot be read: fail closed."""
         try:
-            with open(self.lease_path, "rb") as file:
-                return float(file.read(LEASE_WIDTH))
+            deadline = float(_read(self.lease_path))
         except (OSError, ValueError):
             return 0.0
+        return deadline if math.isfinite(deadline) else 0.0
 
     def read_stop(self) -> dict[str, Any] | None:
         try:
-            with open(self.stop_path, "rb") as file:
-                stop: dict[str, Any] = json.load(file)
+            stop: dict[str, Any] = json.loads(_read(self.stop_path))
             return stop
         except (OSError, ValueError):
             return None
 
     def open_status(self) -> int:
         """Become the supervisor of this attempt. :raises BlockingIOError: it has, or had, one already."""
-        fd = os.open(self.status_path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fd = open_plain(self.status_path, os.O_CREAT | os.O_RDWR | os.O_APPEND)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_size:
@@ -118,17 +121,31 @@ class RunDirectory:
             return False
         except FileNotFoundError:
             return True
-        os.write(status, b'{"abandoned": true}\n')
-        os.close(status)
+        except OSError:
+            if os.path.lexists(self.status_path):
+                return False  # no file any more: the flow has been there
+            self._withdraw()
+            return True
+        try:
+            os.write(status, b'{"abandoned": true}\n')
+        except OSError:
+            self._withdraw()
+        finally:
+            os.close(status)
         return True
+
+    def _withdraw(self) -> None:
+        """On a full disk nothing can be noted, but without its spec nothing begins either."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.spec_path)
 
     # -- read by the agent -----------------------------------------------------------------------------
 
     def supervisor(self) -> int | None:
         """The pid of the living supervisor, by the lock it holds; None when there is none."""
         try:
-            fd = os.open(self.status_path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+            fd = open_plain(self.status_path, os.O_RDWR)
+        except OSError:
             return None
         try:
             question = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -138,15 +155,16 @@ class RunDirectory:
         return None if kind == fcntl.F_UNLCK else pid
 
     def status(self) -> dict[str, Any]:
-        """All that the supervisor has noted, merged; empty before it began. A torn last line is left out."""
+        """All that the supervisor has noted, merged; empty before it began. Torn and alien lines are left
+        out: a full disk cuts notes short, and the flow can write here too."""
         try:
-            with open(self.status_path, "rb") as file:
-                lines = file.read().split(b"\n")[:-1]
-        except FileNotFoundError:
+            lines = _read(self.status_path).split(b"\n")[:-1]
+        except OSError:
             return {}
         noted: dict[str, Any] = {}
         for line in lines:
-            noted.update(json.loads(line))
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                noted.update(json.loads(line))
         return noted
 
     def output_size(self) -> int:
@@ -157,20 +175,71 @@ class RunDirectory:
 
     def remove(self) -> None:
         """Delete everything, whatever modes the flow left behind. Symbolic links are not followed."""
-        # The spec goes first: an agent that dies in the middle finds a directory that was never handed over.
-        for path in (self.spec_path, self.status_path):
-            with contextlib.suppress(FileNotFoundError):
+        if not self.remove_own():
+            _remove_tree(self.path)
+
+    def remove_own(self) -> bool:
+        """Delete what flowagent made, which is quick; whether that was all."""
+        for path in (self.spec_path, self.stop_path, self.lease_path, self.status_path, self.output_path):
+            with contextlib.suppress(OSError):
                 os.unlink(path)
-        for directory, names, _ in os.walk(self.path):
-            for inner in (os.path.join(directory, name) for name in names):
-                if not os.path.islink(inner):
-                    os.chmod(inner, 0o700)
-        shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            for directory in (self.results, self.tmp, self.home, self.work, self.path):
+                os.rmdir(directory)
+        except OSError:
+            return False  # the flow left something behind, or was never given all of it
+        return True
+
+
+def open_plain(path: str, flags: int) -> int:
+    """Open a file of a run directory that is a plain one. The flow may have put anything else in its place:
+    links are not followed and FIFOs not waited for. :raises OSError: it is not a plain file."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a plain file", path)
+    return fd
+
+
+def _read(path: str) -> bytes:
+    with open(open_plain(path, os.O_RDONLY), "rb") as file:
+        return file.read(MAX_NOTES)
+
+
+def _remove_tree(path: str) -> None:
+    """Delete a tree of any depth and any modes, as far as that can be done; no link is followed.
+
+    Directories are moved up before they are emptied, so that no path gets too long to be named."""
+    moved = 0
+    pending = [path]
+    while pending:
+        directory = pending.pop()
+        with contextlib.suppress(OSError):
+            os.chmod(directory, 0o700)
+            with os.scandir(directory) as listing:
+                entries = list(listing)
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.path)
+                        continue
+                    moved += 1
+                    higher = f"{path}/.removed-{moved}"
+                    os.chmod(entry.path, 0o700)
+                    os.rename(entry.path, higher)
+                    pending.append(higher)
+            if directory != path:
+                os.rmdir(directory)
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
 
 def _write_atomically(path: str, data: bytes) -> None:
     temporary = path + ".tmp"
-    fd = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     try:
         while data:
             data = data[os.write(fd, data) :]

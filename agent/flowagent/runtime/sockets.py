@@ -38,7 +38,7 @@ def listen(path: str) -> socket.socket:
         with short_address(path) as address:
             server.bind(address)
         os.chmod(path, 0o600)
-        server.listen(16)
+        server.listen(64)
     except BaseException:
         server.close()
         raise
@@ -46,8 +46,8 @@ def listen(path: str) -> socket.socket:
 
 
 def connect(path: str) -> socket.socket:
-    """:raises OSError: nobody listens at ``path``."""
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """A connection that does not block. :raises OSError: nobody listens at ``path``, or too many wait."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
         with short_address(path) as address:
             client.connect(address)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -24,6 +25,8 @@ PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 _libc = ctypes.CDLL(None, use_errno=True)
+
+FALLOC_FL_KEEP_SIZE = 1
 
 WATCHED = (signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM)
 MAX_OUTCOME = 1 << 16
@@ -64,6 +67,7 @@ def supervise(directory: str, secrets_fd: int | None, lease_fd: int | None) -> N
     except OSError:
         return  # another supervisor has, or had, this attempt: asking twice is harmless
     try:
+        _reserve(status)
         end = _Attempt(run, status).execute(secrets_fd)
     except Exception as error:
         kill_descendants()
@@ -72,7 +76,19 @@ def supervise(directory: str, secrets_fd: int | None, lease_fd: int | None) -> N
 
 
 def _note(status: int, data: dict[str, Any]) -> None:
-    os.write(status, json.dumps(dict(data, time=time.time()) if "ended" in data else data).encode() + b"\n")
+    line = json.dumps(dict(data, time=time.time()) if "ended" in data else data).encode() + b"\n"
+    while line:
+        line = line[os.write(status, line) :]
+
+
+def _reserve(status: int) -> None:
+    """Have the room on disk for all notes, so that the end can be noted however full the flow makes it.
+
+    :raises OSError: it is full already. Where the file system cannot reserve, nothing is."""
+    if _libc.fallocate(status, FALLOC_FL_KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(MAX_OUTCOME)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(code, os.strerror(code))
 
 
 class _Attempt:
@@ -85,13 +101,14 @@ class _Attempt:
         self._kill_at: float | None = None  # boottime of the SIGKILL that follows a SIGTERM
         self._main: int | None = None
         self._main_status: int | None = None
+        self._lease = 0.0  # as last read
 
     def execute(self, secrets_fd: int | None) -> dict[str, Any]:
         output = os.open(self._run.output_path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         outcome_read, outcome_write = os.pipe()
         _note(self._status, {"supervisor": os.getpid(), "started": time.time(), "boottime": boottime()})
         oom_kills = _oom_kills()
-        if boottime() >= self._run.read_lease():
+        if boottime() >= self._read_lease():
             return {"ended": True, "stop": "lease", "reason": "its lease ran out before it began"}
         began = boottime()
         parent = os.getpid()
@@ -133,7 +150,7 @@ class _Attempt:
         self._read_stop()  # word that was left before there was a supervisor to hear the signal
         while self._main_status is None:
             now = boottime()
-            lease = self._run.read_lease()
+            lease = self._read_lease()
             if now >= lease:
                 self._reason = "no agent renewed its lease"
                 self._stop_kind = "lease"
@@ -156,6 +173,11 @@ class _Attempt:
                 self._stop("stop", float(self._spec.get("grace", 10.0)), boottime())
             self._reap()
 
+    def _read_lease(self) -> float:
+        """Until when the attempt may live. What cannot be read extends nothing: the last word stands."""
+        self._lease = self._run.read_lease() or self._lease
+        return self._lease
+
     def _read_stop(self) -> None:
         stop = self._run.read_stop()
         if stop is None:
@@ -171,8 +193,12 @@ class _Attempt:
         self._stop_kind = kind
         self._kill_at = now + grace
         if grace > 0 and self._main is not None:
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 os.killpg(self._main, signal.SIGTERM)
+                os.killpg(self._main, signal.SIGCONT)  # a stopped process hears nothing
+            except ProcessLookupError:  # just forked, and no leader of its group yet
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._main, signal.SIGTERM)
 
     def _kill(self) -> None:
         """SIGKILL the main process and all below it; the loop then sees the main process end."""
@@ -200,6 +226,7 @@ def kill_descendants(collect: Callable[[int, int], None] | None = None) -> int:
     A descendant of a killed one becomes a child of this process (it is a subreaper), so the loop ends only
     when no process of the attempt lives, however fast they fork or deep they hide."""
     killed: set[int] = set()
+    pause = 0.005
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -215,12 +242,25 @@ def kill_descendants(collect: Callable[[int, int], None] | None = None) -> int:
                 killed.add(pid)
             except ProcessLookupError:
                 pass
-        signal.sigtimedwait([signal.SIGCHLD], 0.01)
+        signal.sigtimedwait([signal.SIGCHLD], pause)
+        pause = min(0.25, pause * 1.5)  # one may hang in the kernel for long
 
 
 def _descendants() -> list[int]:
     """All living descendants of this process."""
-    parents: dict[int, list[int]] = {}
+    children = children_by_parent()
+    found: list[int] = []
+    queue = [os.getpid()]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def children_by_parent() -> dict[int, list[int]]:
+    """All processes of this machine, by the pid of their parent."""
+    children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -228,14 +268,8 @@ def _descendants() -> list[int]:
                     parent = int(file.read().rpartition(b")")[2].split()[1])
             except (OSError, IndexError, ValueError):
                 continue
-            parents.setdefault(parent, []).append(int(name))
-    found: list[int] = []
-    queue = [os.getpid()]
-    while queue:
-        below = parents.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
+            children.setdefault(parent, []).append(int(name))
+    return children
 
 
 def _oom_kills() -> int:

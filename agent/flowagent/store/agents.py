@@ -11,7 +11,7 @@ from flowagent.store.states import IS_LIVE
 ALIVE = 30.0
 """Seconds since it was last seen for which an agent counts as alive."""
 
-_ANNOUNCE = """
+_ANNOUNCE = f"""
     INSERT INTO agent (name, instance, host, pid, labels, runner, capacity, version, require_labels, started,
         seen, stopping)
     VALUES (:name, :instance, :host, :pid, :labels, :runner, :capacity, :version, :require_labels, :started,
@@ -20,8 +20,9 @@ _ANNOUNCE = """
         labels = excluded.labels, runner = excluded.runner, capacity = excluded.capacity,
         version = excluded.version, require_labels = excluded.require_labels, started = excluded.started,
         seen = excluded.seen, stopping = excluded.stopping
-    WHERE agent.host = excluded.host OR agent.seen < :now - :alive
-    RETURNING name"""
+    WHERE agent.host = excluded.host OR agent.seen < :now - :alive AND NOT EXISTS (
+        SELECT 1 FROM attempt WHERE attempt.agent = :name AND {IS_LIVE} AND attempt.lease_expires >= :now)
+    RETURNING name"""  # noqa: S608
 
 
 def announce(tx: Transaction, agent: AgentInfo) -> None:
