@@ -146,8 +146,8 @@ def test_a_pickle_of_another_minor_version_names_both(site: Site) -> None:
     site.command("register", site.write("pickled.py", text.replace("PYTHON", repr(other))))
     if not others:  # one interpreter only: let the pickle say that it was made by another
         with closing(sqlite3.connect(site.home / "flowagent.db", timeout=10)) as database, database:
-            old = '"python": "{}"'.format(".".join(map(str, here)))
-            database.execute("UPDATE flow_version SET spec = replace(spec, ?, ?)", [old, '"python": "3.8.1"'])
+            old = '"python":"{}"'.format(".".join(map(str, here)))
+            database.execute("UPDATE flow_version SET spec = replace(spec, ?, ?)", [old, '"python":"3.8.1"'])
     output = site.watch("pickled", code=1)
     made = ".".join(map(str, here)) if others else "3.8.1"
     running = ".".join(map(str, version_of(other)))
