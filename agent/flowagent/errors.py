@@ -91,5 +91,9 @@ class SourceCacheError(FlowagentError):
     """A source could not be published in the cache (disk full, lock not free in time)."""
 
 
+class SandboxError(FlowagentError):
+    """A flow demands an isolation, or asks for a right, that this agent does not have or give."""
+
+
 class LauncherError(FlowagentError):
     """The launcher could not be reached, or could not start a flow process."""

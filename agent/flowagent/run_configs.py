@@ -6,7 +6,19 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowagent.flows.declarations import Declaration, absolute, count, names, plain, refuse, seconds, text
+from flowagent.flows.declarations import (
+    Declaration,
+    absolute,
+    count,
+    names,
+    plain,
+    refuse,
+    seconds,
+    text,
+)
+from flowagent.flows.declarations import (
+    limits as checked_limits,
+)
 from flowagent.flows.errors import FlowError
 
 if TYPE_CHECKING:
@@ -75,10 +87,23 @@ class LocalRun(RunConfig):
     """A process on the agent's machine.
 
     ``python`` is the interpreter, a path or a name on the agent's PATH; ``working_dir`` is made absolute;
-    ``sandbox`` is the weakest level that will do, or the run fails.
+    ``sandbox`` is the weakest level that will do, or the run fails. ``read`` and ``write`` are the paths that
+    the flow needs of those which its agent can allow (None: all of them); ``network`` is False for none, or a
+    dict of TCP ports such as ``{"connect": [443], "bind": []}``. ``limits`` are those that are less than the
+    agent's, such as ``{"memory": "2G", "cpu_time": 600}``. ``preload`` are modules that are imported before
+    the run, once for all runs that name them.
     """
 
-    fields: ClassVar[tuple[str, ...]] = ("working_dir", "python", "sandbox")
+    fields: ClassVar[tuple[str, ...]] = (
+        "working_dir",
+        "python",
+        "sandbox",
+        "read",
+        "write",
+        "network",
+        "limits",
+        "preload",
+    )
     runners: ClassVar[tuple[str, ...]] = ("process",)
 
     def __init__(
@@ -89,6 +114,11 @@ class LocalRun(RunConfig):
         *,
         python: str | os.PathLike[str] | None = None,
         sandbox: str | None = None,
+        read: Iterable[str | os.PathLike[str]] | None = None,
+        write: Iterable[str | os.PathLike[str]] | None = None,
+        network: bool | Mapping[str, Iterable[int]] = True,
+        limits: Mapping[str, Any] | None = None,
+        preload: Iterable[str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(env, labels, **options)
@@ -101,6 +131,42 @@ class LocalRun(RunConfig):
         if sandbox is not None and sandbox not in SANDBOXES:
             raise FlowError(f"LocalRun: sandbox is one of {', '.join(SANDBOXES)}; got {sandbox!r}")
         self.sandbox = sandbox
+        self.read = _paths(read, "LocalRun: read")
+        self.write = _paths(write, "LocalRun: write")
+        self.network = _network(network)
+        self.limits = checked_limits(limits, "LocalRun: limits")
+        self.preload = list(names(preload, "LocalRun: preload"))
+        for name in self.preload:
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise FlowError(f"LocalRun: preload takes names of modules; got {name!r}")
+
+
+def _paths(value: Iterable[str | os.PathLike[str]] | None, what: str) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes, os.PathLike)):
+        raise FlowError(f"{what} takes a list of paths; got {value!r}")
+    return sorted({absolute(path, what) or "" for path in value} - {""})
+
+
+def _network(value: bool | Mapping[str, Iterable[int]]) -> bool | dict[str, list[int]]:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, Mapping) or not value or set(value) - {"connect", "bind"}:
+        raise FlowError(f"LocalRun: network is True, False, or a dict of 'connect' and 'bind'; got {value!r}")
+    checked = {}
+    for way, ports in value.items():
+        what = f"LocalRun: network[{way!r}]"
+        if isinstance(ports, (str, bytes, Mapping)):
+            raise FlowError(f"{what} takes a list of TCP ports; got {ports!r}")
+        checked[way] = [_port(port, what) for port in ports]
+    return checked
+
+
+def _port(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 65536:
+        raise FlowError(f"{what} takes whole numbers from 1 to 65535; got {value!r}")
+    return value
 
 
 class DockerRun(RunConfig):
@@ -123,8 +189,7 @@ class DockerRun(RunConfig):
         self.image = text(image, "DockerRun: image")
         self.ports = list(ports or ())
         for port in self.ports:
-            if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
-                raise FlowError(f"DockerRun: ports takes whole numbers from 1 to 65535; got {port!r}")
+            _port(port, "DockerRun: ports")
         if host_config is not None and not isinstance(host_config, Mapping):
             raise FlowError(f"DockerRun: host_config takes a dict; got {type(host_config).__name__}")
         self.host_config = plain(dict(host_config or {}), "DockerRun: host_config")

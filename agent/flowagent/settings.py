@@ -13,11 +13,23 @@ from typing import Any
 
 from flowagent import labels as label_names
 from flowagent.errors import SettingsError, UsageError
+from flowagent.flows import declarations
+from flowagent.flows.errors import FlowError
 
 PREFIX = "FLOWAGENT_"
 FILE = "config.toml"
 TOP_LEVEL = ("home", "store")
 """Keys of the configuration file outside of its ``[agent]`` table."""
+
+
+DEFAULT_MAX: Mapping[str, float | None] = {
+    "processes": 2048,
+    "open_files": 65536,
+    "output": 1 << 30,
+    "disk": 20 << 30,
+    "memory": int(0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
+}
+"""What a run may use if nobody says otherwise: more than any should need, less than harms the machine."""
 
 
 def hostname() -> str:
@@ -44,6 +56,13 @@ class Settings:
     grace: float = 10.0  # from SIGTERM to SIGKILL
     poll: float = 5.0  # fallback when no doorbell rings
     drain: float = 300.0  # how long a stopping agent waits for its runs before it cancels them
+    sandbox: str = "auto"  # the weakest level that a run gets; auto: the best that forks
+    allow_read: tuple[Path, ...] = ()  # of what is closed to flows, what they may read
+    allow_write: tuple[Path, ...] = ()  # outside of their own directories, what they may write
+    run_as: str | None = None  # the user that flows run as; None: the agent's
+    preload: tuple[str, ...] = ()  # modules that every launcher imports before it forks
+    max: Mapping[str, float | None] = field(default_factory=lambda: DEFAULT_MAX)  # limits of every run
+    config: Path | None = None  # the file that these were read from
 
     @property
     def capacity(self) -> int:
@@ -97,6 +116,8 @@ def load(
         values |= layer
     home = values["home"] = values["home"].expanduser().absolute()
     values.setdefault("store", f"sqlite:///{home}/flowagent.db")
+    values["max"] = {**DEFAULT_MAX, **values.get("max", {})}
+    values["config"] = config.absolute() if config is not None else None
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -240,6 +261,41 @@ def _environment(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def _modules(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [item.strip() for item in value.split(",") if item.strip()]
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(item, str) and all(part.isidentifier() for part in item.split(".")) for item in value
+    ):
+        raise ValueError("a list of names of modules")
+    return tuple(dict.fromkeys(value))
+
+
+def _limits(value: Any) -> dict[str, float | None]:
+    """A table of limits, or ``NAME=VALUE`` strings: a list of them, or one with commas between. The value
+    ``none`` takes a default away."""
+    if not isinstance(value, Mapping):
+        value = _environment(value)
+    unlimited = [name for name, text in value.items() if isinstance(text, str) and text.lower() == "none"]
+    given = {name: _number(text) for name, text in value.items() if name not in unlimited}
+    try:
+        declarations.limits(dict.fromkeys(unlimited, 1), "max")
+        return {**declarations.limits(given, "max"), **dict.fromkeys(unlimited)}
+    except FlowError as error:
+        raise ValueError(f"a table of limits ({error})") from None
+
+
+def _number(text: Any) -> Any:
+    """A number that came as text; sizes such as 2G stay what they are."""
+    if isinstance(text, str):
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
 def _path(value: Any) -> Path:
     if not isinstance(value, (str, Path)) or not str(value).strip():
         raise ValueError("a path")
@@ -270,8 +326,14 @@ _KINDS: Mapping[str, Callable[[Any], Any]] = {
     "grace": _seconds,
     "poll": _seconds,
     "drain": _seconds,
+    "sandbox": _choice("auto", "process", "landlock", "namespace"),
+    "allow_read": _paths,
+    "allow_write": _paths,
+    "run_as": _string,
+    "preload": _modules,
+    "max": _limits,
 }
-assert set(_KINDS) == {item.name for item in fields(Settings)}
+assert set(_KINDS) == {item.name for item in fields(Settings)} - {"config"}
 
 
 def _value(key: str, value: Any, where: str) -> Any:

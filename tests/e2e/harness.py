@@ -21,7 +21,8 @@ COMMAND = [sys.executable, "-m", "flowagent"]
 
 @dataclass
 class Site:
-    """One FLOWAGENT_HOME, a directory for sources beside it, and the agents started there."""
+    """One FLOWAGENT_HOME, a directory for sources beside it, one that flows may write to, and the agents
+    started there."""
 
     root: Path
     agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -29,7 +30,9 @@ class Site:
     def __post_init__(self) -> None:
         self.home = self.root / "home"
         self.sources = self.root / "sources"
-        self.sources.mkdir(parents=True, exist_ok=True)
+        self.shared = self.root / "shared"
+        for directory in (self.sources, self.shared):
+            directory.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("FLOWAGENT_")},
             "FLOWAGENT_HOME": str(self.home),
@@ -78,7 +81,7 @@ class Site:
         log = self.root / f"agent-{len(self.agents)}.log"
         with open(log, "wb") as file:
             agent = subprocess.Popen(
-                [*COMMAND, "start", "--log-format", "json", *options],
+                [*COMMAND, "start", "--log-format", "json", "--allow-write", str(self.shared), *options],
                 env={**self.environment, **env},
                 stdout=subprocess.DEVNULL,
                 stderr=file,

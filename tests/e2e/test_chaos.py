@@ -41,7 +41,7 @@ def test_random_kills(site: Site, count: int) -> None:
     seed = int(os.environ.get("FLOWAGENT_TEST_SEED", time.time_ns() % 100_000))
     print("seed", seed)
     generator = random.Random(seed)
-    marks = site.root / "marks"
+    marks = site.shared / "marks"
     site.command("register", site.write("flow.py", FLOW))
     runs = anyio.run(_submit, site, str(marks), count)
 

@@ -644,7 +644,9 @@ def test_the_source_cache(home: Path, tmp_path: Path) -> None:
 
 def test_doctor(home: Path) -> None:
     findings = {finding["check"]: finding for finding in data(home, "doctor")}
-    assert set(findings) == {"python", "home", "disk", "store", "launcher", "git", "landlock", "bubblewrap"}
+    assert set(findings) == set(
+        ["python", "home", "disk", "store", "launcher", "sandbox", "limits", "landlock", "bubblewrap", "git"]
+    )
     assert {findings[check]["level"] for check in ("python", "home", "store", "launcher")} == {"ok"}
     done = cli(home, "--store", "sqlite:////proc/nothing.db", "doctor")
     assert done.returncode == 1 and "failed  store" in done.stdout

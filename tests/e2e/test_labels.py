@@ -7,7 +7,6 @@ import socket
 import sqlite3
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from tests.e2e.harness import Site, until
@@ -123,9 +122,9 @@ def test_runs_that_nobody_takes_are_in_nobodys_way(flows: Site) -> None:
 
 
 @pytest.mark.parametrize("limits", [(2,), (1, 3)], ids=["one agent", "two agents"])
-def test_the_limit_holds_under_load(flows: Site, limits: tuple[int, ...], tmp_path: Path) -> None:
+def test_the_limit_holds_under_load(flows: Site, limits: tuple[int, ...]) -> None:
     """Defect 19: there was none."""
-    place = tmp_path / "place"
+    place = flows.shared / "place"
     place.mkdir()
     runs = [flows.submit("counted", "-p", f"place={place}") for _ in range(10)]
     for number, limit in enumerate(limits):

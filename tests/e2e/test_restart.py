@@ -10,6 +10,8 @@ import time
 import pytest
 from tests.e2e.harness import Site, processes_of, until
 
+from flowagent.runtime.rundir import RunDirectory
+
 LINES = """
     import time
     from flowagent import flow, Parameter
@@ -55,7 +57,8 @@ def test_an_end_without_an_agent_is_recorded_later(lines: Site) -> None:
     until(lambda: "line 5" in lines.output(run))
     agent.kill()
     agent.wait()
-    until(lambda: not [pid for pid in processes_of(lines.home) if b"flowagent-run" in _comm(pid)])
+    (directory,) = lines.home.glob(f"agents/*/runs/{run}.1")
+    until(lambda: RunDirectory(directory).supervisor() is None)
     lines.start()
     shown = lines.wait_for(run)
     assert (shown["state"], shown["attempt"]) == ("completed", 1), shown

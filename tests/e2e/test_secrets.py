@@ -128,11 +128,11 @@ def test_a_secret_that_is_not_set_is_named(site: Site) -> None:
 
 
 @pytest.mark.parametrize("restart", [False, True], ids=["as it is", "agent killed in the middle"])
-def test_the_value_is_nowhere_afterwards(site: Site, restart: bool, tmp_path: Path) -> None:
+def test_the_value_is_nowhere_afterwards(site: Site, restart: bool) -> None:
     value = "tk_" + hashlib.sha256(os.urandom(8)).hexdigest()
     needles = [value.encode(), base64.b64encode(value.encode()).rstrip(b"="), value.encode().hex().encode()]
     site.command("secret", "set", "TOKEN", input=value)
-    mark = tmp_path / "mark"
+    mark = site.shared / "mark"
     run = site.submit("leaky", "-p", f"mark={mark}")
     until(mark.exists)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 
 LEAST_SPACE = 500 << 20
 """Bytes below which the home's disk is called almost full."""
-LANDLOCK_CREATE_RULESET = 444
-LANDLOCK_VERSION = 1
-"""landlock_create_ruleset(2): with this flag the call only answers the ABI version."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,11 @@ async def examine(settings: Settings) -> list[Finding]:
         _space,
         _store,
         _launcher,
-        _git,
+        _sandbox,
+        _limits,
         _landlock,
         _bubblewrap,
+        _git,
     ]
     return [await check(settings) for check in checks]
 
@@ -132,17 +130,51 @@ async def _store(settings: Settings) -> Finding:
 
 
 async def _launcher(settings: Settings) -> Finding:
+    from flowagent.runners.confinement import Confinement
     from flowagent.runners.process import ProcessRunner
 
     with tempfile.TemporaryDirectory(prefix="flowagent-doctor-") as directory:
-        runner = ProcessRunner(Path(directory), settings.home / "ground")
+        runs = Path(directory) / "runs"
+        runs.mkdir()
         try:
-            await runner.prepare()
+            rules = Confinement(settings, runs).rules
+            runner = ProcessRunner(Path(directory), settings.home / "ground", rules, settings.preload)
+            try:
+                await runner.prepare()
+            finally:
+                await runner.close()
         except (FlowagentError, OSError) as error:
             return Finding("launcher", "failed", f"flow processes cannot be started: {error}")
-        finally:
-            await runner.close()
     return Finding("launcher", "ok", "flow processes can be started")
+
+
+async def _sandbox(settings: Settings) -> Finding:
+    from flowagent.runners.confinement import Confinement
+
+    with tempfile.TemporaryDirectory(prefix="flowagent-doctor-") as directory:
+        try:
+            confinement = Confinement(settings, Path(directory))
+        except FlowagentError as error:
+            return Finding("sandbox", "failed", str(error))
+    chosen = f"runs get level {confinement.floor} or better"
+    gaps = confinement.gaps
+    if gaps:
+        return Finding("sandbox", "note", f"{chosen}; {'; '.join(gaps)}")
+    return Finding("sandbox", "ok", chosen)
+
+
+async def _limits(settings: Settings) -> Finding:
+    from flowagent.runtime import cgroups
+
+    found = cgroups.find()
+    if not {cgroups.MEMORY, cgroups.UNIFIED} & set(found):
+        return Finding(
+            "limits",
+            "note",
+            "no control groups: memory and processes of runs are watched, several times a second",
+            "start the agent by its systemd unit, which has Delegate=yes",
+        )
+    return Finding("limits", "ok", f"by control groups: {', '.join(sorted(found))}")
 
 
 async def _git(settings: Settings) -> Finding:
@@ -155,17 +187,11 @@ async def _git(settings: Settings) -> Finding:
 
 
 async def _landlock(settings: Settings) -> Finding:
-    libc = ctypes.CDLL(None, use_errno=True)
-    version = libc.syscall(
-        LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(LANDLOCK_VERSION)
-    )
+    from flowagent.runtime import landlock
+
+    version = landlock.version()
     if version < 1:
-        return Finding(
-            "landlock",
-            "note",
-            f"not available: {os.strerror(ctypes.get_errno())}",
-            "boot a kernel that has it enabled",
-        )
+        return Finding("landlock", "note", "not available", "boot a kernel that has it enabled")
     return Finding("landlock", "ok", f"available, version {version}")
 
 

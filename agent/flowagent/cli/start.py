@@ -52,6 +52,32 @@ SLOW = 1.5
 @click.option("--poll", type=duration, help="How often to look for runs if nothing wakes it. [5s]")
 @click.option("--grace", type=duration, help="From SIGTERM to SIGKILL when a flow is stopped. [10s]")
 @click.option("--drain", type=duration, help="How long a stopping agent waits for its runs. [5m]")
+@click.option(
+    "--sandbox",
+    type=click.Choice(["auto", "process", "landlock", "namespace"]),
+    help="The weakest isolation that a run gets. [auto: the best that this machine has]",
+)
+@click.option(
+    "--allow-read", multiple=True, metavar="PATH", help="Of what is closed, what flows may read. Repeatable."
+)
+@click.option(
+    "--allow-write",
+    multiple=True,
+    metavar="PATH",
+    help="Outside of their own directories, what flows may write. Repeatable.",
+)
+@click.option("--run-as", metavar="USER", help="The user that flows run as, if the agent is root.")
+@click.option(
+    "--preload", multiple=True, metavar="MODULE", help="Import it once, before runs are forked. Repeatable."
+)
+@click.option(
+    "--max",
+    multiple=True,
+    type=pair,
+    metavar="LIMIT=VALUE",
+    help="What a run may use: memory=2G, processes, open_files, file_size, cpu_time, wall_time, output, disk;"
+    " none lifts a default. Repeatable.",
+)
 @pass_session
 def start(session: Session, /, once: bool, **flags: Any) -> None:
     """Start an agent: it takes the runs whose labels it carries, until it is stopped.
@@ -73,8 +99,16 @@ def _as_settings(flags: dict[str, Any]) -> dict[str, Any]:
         **flags,
         "labels": flags["labels"] or None,
         "env": dict(flags["env"]) or None,
-        "import_paths": tuple(Path(path) for path in flags["import_paths"]) or None,
+        "import_paths": _as_paths(flags["import_paths"]),
+        "allow_read": _as_paths(flags["allow_read"]),
+        "allow_write": _as_paths(flags["allow_write"]),
+        "preload": flags["preload"] or None,
+        "max": dict(flags["max"]) or None,
     }
+
+
+def _as_paths(values: tuple[str, ...]) -> tuple[Path, ...] | None:
+    return tuple(Path(value) for value in values) or None
 
 
 async def serve(settings: Settings, log: Log, once: bool = False) -> None:

@@ -25,9 +25,10 @@ from flowagent.daemon.log import Log
 from flowagent.daemon.patience import patiently
 from flowagent.errors import FlowagentError, LeaseLostError, StoreError
 from flowagent.models import AgentInfo, FlowSpec, Held, Outcome, Run, State
+from flowagent.runners.confinement import Confinement
 from flowagent.runners.process import ProcessRunner
+from flowagent.runtime.linux import make_undumpable
 from flowagent.runtime.rundir import RunDirectory, boottime
-from flowagent.runtime.supervisor import make_undumpable
 from flowagent.secrets import SecretProvider
 from flowagent.settings import Settings
 from flowagent.sources import SourceCache
@@ -59,12 +60,16 @@ class Agent:
             version=flowagent.__version__,
             require_labels=settings.require_labels,
         )
+        confinement = Confinement(settings, self._identity.runs)
         self._services = Services(
             settings=settings,
             store=store,
             backends=Backends(BackendContext(settings.home, host)),
             sources=SourceCache(settings.sources_dir),
-            runner=ProcessRunner(self._identity.directory, settings.home / "ground"),
+            runner=ProcessRunner(
+                self._identity.directory, settings.home / "ground", confinement.rules, settings.preload
+            ),
+            confinement=confinement,
             secrets=SecretProvider(settings.home),
             runs=self._identity.runs,
             log=self.log,
@@ -96,7 +101,12 @@ class Agent:
         try:
             await patiently(lambda: self._store.announce(self.info), self.log, "announcing the agent")
             info = self.info
-            self.log.info("started", labels=list(info.labels), limit=info.limit, store=self._store.url)
+            level = self._services.confinement.floor
+            self.log.info(
+                "started", labels=list(info.labels), limit=info.limit, store=self._store.url, sandbox=level
+            )
+            for gap in self._services.confinement.gaps:
+                self.log.warning("the sandbox has a gap", gap=gap)
             async with anyio.create_task_group() as tasks:
                 await self._adopt(tasks)
                 tasks.start_soon(self._warm_up)
@@ -210,6 +220,7 @@ class Agent:
                 if boottime() - announced >= ANNOUNCE_EVERY - 1:
                     await self._store.announce(replace(self.info, stopping=self._stopping.is_set()))
                     announced = boottime()
+                    await self._services.runner.retire_idle()
             except StoreError as error:
                 self.log.warning("leases were not renewed", error=str(error), attempts=len(self._attempts))
 

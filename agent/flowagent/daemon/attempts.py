@@ -24,8 +24,8 @@ from flowagent.errors import (
 )
 from flowagent.models import FlowSpec, Held, Json, Outcome, Run, State
 from flowagent.redaction import Redactor
+from flowagent.runners.confinement import Confinement
 from flowagent.runners.process import ProcessRunner
-from flowagent.runtime import sandbox
 from flowagent.runtime.rundir import RunDirectory
 from flowagent.secrets import SecretProvider
 from flowagent.settings import Settings
@@ -46,6 +46,7 @@ class Services:
     backends: Backends
     sources: SourceCache
     runner: ProcessRunner
+    confinement: Confinement
     secrets: SecretProvider
     runs: Path  # where run directories are made
     log: Log
@@ -160,12 +161,16 @@ class Attempt:
 
     async def _start(self) -> int:
         services = self._services
-        level = sandbox.obtain(self._spec.run_config.get("sandbox"))
+        config = self._spec.run_config
+        level = services.confinement.level(config)
+        grants = services.confinement.grants(config)
         values = services.secrets.get_many(self._spec.secrets)
         backend = services.backends.get(self._spec.storage["type"])
         revision = await backend.resolve(self._spec.storage)
         with await services.sources.hold(backend, self._spec.storage, revision) as source:
-            self.directory.create(self._plan(backend, revision, source.directory, level), self._deadline)
+            plan = self._plan(backend, revision, source.directory, level, grants)
+            self.directory.create(plan, self._deadline)
+            services.confinement.hand_over(self.directory.path)
             state = await patiently(
                 lambda: services.store.started(self.run_id, self.number, revision.id, level),
                 self._log,
@@ -178,13 +183,19 @@ class Attempt:
             with anyio.CancelScope(shield=True):
                 supervisor = await services.runner.start(
                     self.directory,
-                    interpreter=self._spec.run_config.get("python"),
+                    level=level,
+                    limits=services.confinement.limits_of(config),
+                    grace=services.settings.grace,
+                    interpreter=config.get("python"),
+                    preload=config.get("preload") or (),
                     values=values,
                     lease_fd=source.lease,
                 )
         return supervisor
 
-    def _plan(self, backend: Backend, revision: Revision, source: Path, level: str) -> dict[str, Json]:
+    def _plan(
+        self, backend: Backend, revision: Revision, source: Path, level: str, grants: Mapping[str, Json]
+    ) -> dict[str, Json]:
         """What the flow process is told: the run directory's spec."""
         run, spec, settings = self._run, self._spec, self._services.settings
         config = spec.run_config
@@ -215,9 +226,10 @@ class Attempt:
             },
             "working_dir": config.get("working_dir"),
             "import_paths": [str(path) for path in settings.import_paths],
-            "timeout": config.get("timeout"),
-            "grace": settings.grace,
             "sandbox": level,
+            "grants": dict(grants),
+            "readable": self._services.confinement.readable(source),
+            "run_directory": self.directory.path,
         }
 
     # -- follow ----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowagent.models import Outcome, State
+from flowagent.runtime.limits import size
 
 EXIT_INTERNAL = 70
 """The flow process' exit code when flowagent's own code in it failed; its output has the traceback."""
@@ -34,7 +35,13 @@ def _judge(status: Mapping[str, Any]) -> tuple[State, str | None, bool]:
     said = status.get("outcome")
     said = said if isinstance(said, dict) else {}
     completed = said.get("state") == "completed" and status.get("exit_code") == 0
+    if status.get("out_of_memory"):
+        limit = status.get("memory_limit")
+        most = f" (its limit is {size(limit)})" if isinstance(limit, int) else ""
+        return State.CRASHED, f"killed: out of memory{most}", True
     stop = status.get("stop")
+    if status.get("limit"):
+        return State.FAILED, f"stopped: {status['limit']}", True
     if stop == "timeout":
         return State.FAILED, str(status.get("reason")), True
     if stop == "lease":
@@ -42,8 +49,6 @@ def _judge(status: Mapping[str, Any]) -> tuple[State, str | None, bool]:
     if stop == "stop" and not completed:
         return State.CANCELLED, str(status.get("reason")), False
     number = status.get("signal")
-    if status.get("out_of_memory"):
-        return State.CRASHED, "killed by the kernel: out of memory", True
     if number is not None:
         return State.CRASHED, f"killed by {_name(number)}", True
     if completed:

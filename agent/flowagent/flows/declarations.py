@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowagent.flows.errors import FlowError
@@ -120,6 +121,53 @@ def count(value: int, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise FlowError(f"{what} takes zero or a positive whole number; got {value!r}")
     return value
+
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(value: int | str, what: str) -> int:
+    """A number of bytes, as a number or like ``"512M"``, ``"1.5G"``. :raises FlowError: it is none."""
+    number: float = 0
+    if isinstance(value, str):
+        letter = value.strip().upper().rstrip("B")
+        unit = UNITS.get(letter[-1:] if letter[-1:].isalpha() else "")
+        with suppress(ValueError):
+            number = float(letter.rstrip("KMGT")) * (unit or 0)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    if not 1 <= number < 1 << 62:
+        raise FlowError(f"{what} takes a number of bytes above 0, such as 512M or 2G; got {value!r}")
+    return int(number)
+
+
+def limits(value: Mapping[str, Any] | None, what: str) -> dict[str, float]:
+    """Limits by name: sizes, durations and numbers. :raises FlowError: one is unknown or wrong."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise FlowError(f"{what} takes a dict such as {{'memory': '2G'}}; got {type(value).__name__}")
+    kinds = {
+        **dict.fromkeys(SIZES, size),
+        **dict.fromkeys(DURATIONS, seconds),
+        **dict.fromkeys(NUMBERS, count),
+    }
+    for name in value:
+        if name not in kinds:
+            raise FlowError(f"{what} has no {name!r}; known are {', '.join(kinds)}")
+    checked: dict[str, float] = {}
+    for name, amount in value.items():
+        number = kinds[name](amount, f"{what}: {name}")  # type: ignore[operator]
+        if not number:
+            raise FlowError(f"{what}: {name} has to be above 0; got {amount!r}")
+        checked[name] = number
+    return checked
+
+
+SIZES = ("memory", "file_size", "output", "disk")
+DURATIONS = ("cpu_time", "wall_time")
+NUMBERS = ("processes", "open_files")
+"""The limits that there are; what they mean is said in flowagent.runtime.limits."""
 
 
 def flag(value: bool, what: str) -> bool:

@@ -21,9 +21,17 @@ ENTRY = "launch.py"
 _ENTRY_TEXT = """\
 import sys
 
-from flowagent.runtime.launcher import main
+if sys.argv[1] == "--flow":
+    from flowagent.runtime.child import run_inside
 
-main(int(sys.argv[1]), sys.argv[2])
+    run_inside(sys.argv[2:])
+else:
+    from flowagent.runtime import warmth
+
+    warmth.hold_fork_handlers()
+    from flowagent.runtime.launcher import main
+
+    main(sys.argv[1:])
 """
 
 

@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
+import stat
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +28,7 @@ import anyio
 from flowagent.errors import LauncherError
 from flowagent.runners import ground
 from flowagent.runtime import sandbox, sockets
+from flowagent.runtime.limits import Limits
 from flowagent.runtime.rundir import RunDirectory
 
 START_TIMEOUT = 30.0
@@ -35,16 +39,26 @@ GREETING_TIMEOUT = 5.0
 """Seconds that one found running may take to prove itself; then it is replaced."""
 
 
+LOOK_EVERY = 0.1
+"""Seconds between looks at an attempt that an agent before this one has started."""
+IDLE = 300.0
+"""Seconds after which a launcher that is not the agent's own is let go."""
+
+
 class ProcessRunner:
     """Starts attempts and watches their supervisors. ``directory`` is the agent's own (mode 0700)."""
 
     name = "process"
 
-    def __init__(self, directory: Path, ground_root: Path, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, ground_root: Path, rules: sandbox.Rules, preload: Sequence[str] = ()
+    ) -> None:
         self._directory = directory / "launchers"
         self._ground_root = ground_root
-        self._environ = sandbox.base_environment(os.environ if environ is None else environ)
-        self._launchers: dict[str, _Launcher] = {}
+        self._rules = rules
+        self._preload = tuple(preload)
+        self._environ = sandbox.base_environment(os.environ)
+        self._launchers: dict[tuple[str, tuple[str, ...]], _Launcher] = {}
         self._ground: Path | None = None
 
     @property
@@ -54,53 +68,61 @@ class ProcessRunner:
 
     async def prepare(self, interpreter: str = sys.executable) -> None:
         """Warm up the launcher of an interpreter. :raises LauncherError: it does not start."""
-        await self._launcher(interpreter).connected()
+        await self._launcher(interpreter, self._preload).connected()
 
     async def start(
         self,
         run: RunDirectory,
         *,
+        level: str,
+        limits: Limits,
+        grace: float,
         interpreter: str | None = None,
+        preload: Sequence[str] = (),
         values: Mapping[str, str] | None = None,
         lease_fd: int | None = None,
     ) -> int:
-        """Start the attempt in a run directory; the pid of its supervisor.
+        """Start the attempt in a run directory; a descriptor to wait for its end with.
 
         ``values`` are the secrets, handed over in memory. Starting an attempt twice does no harm: whoever
         comes second to the run directory leaves it alone.
 
         :raises LauncherError: no launcher of that interpreter can be had."""
-        launcher = self._launcher(interpreter or sys.executable)
-        fds: dict[str, int] = {}
-        if values:
-            fds["secrets"] = _memory_file(json.dumps(dict(values)).encode())
+        launcher = self._launcher(interpreter or sys.executable, (*self._preload, *preload))
+        end, held = os.pipe()
+        fds = {"held": held}
         try:
-            if lease_fd is not None:
-                fds["lease"] = lease_fd
-            return await launcher.spawn(run.path, fds)
+            if values:
+                fds["secrets"] = _memory_file(json.dumps(dict(values)).encode())
+            request = {
+                "op": "spawn",
+                "directory": run.path,
+                "level": level,
+                "limits": limits._asdict(),
+                "grace": grace,
+            }
+            await launcher.spawn(request, fds if lease_fd is None else {**fds, "lease": lease_fd})
+        except BaseException:
+            os.close(end)
+            raise
         finally:
-            if "secrets" in fds:
-                os.close(fds["secrets"])
+            for fd in fds.values():
+                os.close(fd)
+        return end
 
-    async def wait(self, run: RunDirectory, supervisor: int | None = None) -> dict[str, Any]:
-        """Wait until the attempt's supervisor has ended; the merged status it left.
+    async def wait(self, run: RunDirectory, end: int | None = None) -> dict[str, Any]:
+        """Wait until nobody supervises the attempt any more; the merged status that was left.
 
-        Without ``"ended"`` in it the supervisor was killed. ``supervisor`` is the pid that ``start`` gave."""
-        while True:
-            pid = run.supervisor() or supervisor
-            supervisor = None  # once: a request that was repeated told of one that left the place to another
-            if pid is None or "ended" in run.status():
-                return run.status()
+        Without ``"ended"`` in it the supervisor was killed. ``end`` is what ``start`` gave, and is closed
+        here; without it, as for attempts of an agent before this one, the status file's lock is looked at."""
+        if end is not None:
             try:
-                pidfd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                continue
-            try:
-                # Reused before pidfd_open? The lock tells; before there is any, the journal is empty.
-                if run.supervisor() == pid or not run.status():
-                    await anyio.wait_readable(pidfd)
+                await anyio.wait_readable(end)  # its other end is closed with the attempt
             finally:
-                os.close(pidfd)
+                os.close(end)
+        while run.supervisor() is not None and "ended" not in run.status():  # noqa: ASYNC110 - a lock
+            await anyio.sleep(LOOK_EVERY)
+        return run.status()
 
     def stop(self, run: RunDirectory, reason: str, grace: float) -> bool:
         """Ask for the end of an attempt: SIGTERM, ``grace`` seconds, SIGKILL to all. Whether anyone heard."""
@@ -157,15 +179,24 @@ class ProcessRunner:
             await launcher.exit()
         self._launchers.clear()
 
-    def _launcher(self, interpreter: str) -> _Launcher:
+    async def retire_idle(self) -> None:
+        """Let go of launchers that nothing was asked of for long, but of the agent's own; they end by
+        themselves then. Call it now and then."""
+        for key, launcher in list(self._launchers.items()):
+            if key != (sys.executable, self._preload) and launcher.idle > IDLE:
+                del self._launchers[key]
+                await launcher.exit()
+
+    def _launcher(self, interpreter: str, preload: Sequence[str]) -> _Launcher:
         if self._ground is None:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._ground = ground.lay_out(self._ground_root)
-        if interpreter not in self._launchers:
-            self._launchers[interpreter] = _Launcher(
-                self._directory, self._ground, interpreter, self._environ
+        key = (interpreter, tuple(dict.fromkeys(preload)))
+        if key not in self._launchers:
+            self._launchers[key] = _Launcher(
+                self._directory, self._ground, interpreter, key[1], self._rules, self._environ
             )
-        return self._launchers[interpreter]
+        return self._launchers[key]
 
 
 @dataclass
@@ -175,7 +206,10 @@ class _Launcher:
     directory: Path
     ground: Path
     interpreter: str
+    preload: tuple[str, ...]
+    rules: sandbox.Rules
     environ: Mapping[str, str]
+    _used: float = field(default_factory=time.monotonic)
     _lock: anyio.Lock = field(default_factory=anyio.Lock)
     _connection: socket.socket | None = None
     _process: int | None = None  # the launcher's pid, if it is a child of this process: ours to reap
@@ -188,8 +222,14 @@ class _Launcher:
             except OSError as error:
                 raise LauncherError(f"cannot start {self.interpreter}: {error.strerror}") from error
 
-    async def spawn(self, directory: str, fds: Mapping[str, int]) -> int:
-        request = {"op": "spawn", "directory": directory, "fds": list(fds)}
+    @property
+    def idle(self) -> float:
+        """Seconds since it was last asked for anything."""
+        return time.monotonic() - self._used
+
+    async def spawn(self, request: Mapping[str, Any], fds: Mapping[str, int]) -> None:
+        self._used = time.monotonic()
+        request = {**request, "fds": list(fds)}
         async with self._lock:
             for last in (False, True):
                 try:
@@ -209,7 +249,6 @@ class _Launcher:
                     raise
         if "error" in reply:
             raise LauncherError(f"the launcher of {self.interpreter} refused: {reply['error']}")
-        return int(reply["pid"])
 
     async def exit(self) -> None:
         async with self._lock:
@@ -221,11 +260,20 @@ class _Launcher:
 
     @property
     def _key(self) -> str:
+        path = shutil.which(self.interpreter) or self.interpreter
         try:
-            stat = os.stat(self.interpreter)
+            status = os.stat(path)
         except OSError as error:
             raise LauncherError(f"cannot use the interpreter {self.interpreter}: {error.strerror}") from None
-        identity = (self.ground.name, self.interpreter, stat.st_ino, stat.st_mtime_ns)
+        _check_owner(path, self.rules.home)
+        identity = (
+            self.ground.name,
+            self.interpreter,
+            status.st_ino,
+            status.st_mtime_ns,
+            self.preload,
+            self.rules,
+        )
         return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
     @property
@@ -294,7 +342,14 @@ class _Launcher:
         try:
             pid = os.posix_spawn(
                 self.interpreter,
-                [self.interpreter, str(self.ground / ground.ENTRY), "3", str(self.directory / "key")],
+                [
+                    self.interpreter,
+                    str(self.ground / ground.ENTRY),
+                    "3",
+                    str(self.directory / "key"),
+                    self.rules.to_json(),
+                    ",".join(self.preload),
+                ],
                 dict(self.environ),
                 file_actions=[
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -330,6 +385,28 @@ class _Launcher:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _check_owner(path: str, home: str) -> None:
+    """An interpreter is executed outside of any sandbox, and flows name it: it has to be one that nobody but
+    root and this user can have put there, and no file of a flow's source.
+
+    :raises LauncherError: it is not."""
+    real = os.path.realpath(path)
+    if os.path.commonpath([real, home]) == home:
+        raise LauncherError(f"the interpreter {path} is in the agent's own home; install it elsewhere")
+    place = real
+    while True:
+        status = os.stat(place)
+        others = status.st_mode & 0o022 and not (place != real and status.st_mode & stat.S_ISVTX)
+        if status.st_uid not in (0, os.getuid()) or others:
+            raise LauncherError(
+                f"the interpreter {path} is refused: others than root and the agent's user may change "
+                f"{place}; take that right away: chmod go-w {place}"
+            )
+        if place == "/":
+            return
+        place = os.path.dirname(place)
 
 
 async def _send(connection: socket.socket, message: Mapping[str, Any], fds: list[int] | None = None) -> None:

@@ -11,8 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
@@ -20,9 +19,11 @@ from flowagent.flows.context import context, run_context
 from flowagent.flows.errors import FlowError, Stop
 from flowagent.flows.observer import Observer
 from flowagent.flows.results import LOCATION_NAMES, format_location, result_from_json, serializer_named
-from flowagent.runtime import loader, sandbox, supervisor
+from flowagent.runtime import bubblewrap, linux, loader, sandbox
 from flowagent.runtime.events import Emitter
+from flowagent.runtime.limits import Limits
 from flowagent.runtime.rundir import RunDirectory
+from flowagent.runtime.warmth import renew
 
 STDIO = 3
 """Descriptors below this are standard input, output and error."""
@@ -36,7 +37,8 @@ class Stopped(Stop):
 
 def run(
     directory: RunDirectory,
-    spec: Mapping[str, Any],
+    prepared: sandbox.Sandbox,
+    limit: Limits,
     parent: int,
     output: int,
     outcome: int,
@@ -45,19 +47,11 @@ def run(
     """Become the flow process of an attempt: confine, load, execute, report, end."""
     code = 70
     try:
-        _detach(parent, output, outcome, secrets)
-        myself = os.getpid()
-        try:
-            values = _read_secrets(secrets)
-            _confine(directory, spec)
-            result = _execute(directory, spec, values)
-        except FlowError as error:
-            result = _failed(_one_line(error), retryable=False)
-        if os.getpid() != myself:
-            os._exit(1)  # a process that user code forked came back up here: it speaks for nobody
-        code = 0 if result["state"] == "completed" else 1
-        os.write(outcome, json.dumps(result).encode())
-        _finish()
+        spec = directory.read_spec()
+        _detach(parent, output)
+        if spec["sandbox"] == sandbox.NAMESPACE:
+            _enter_namespaces(directory, prepared, limit, spec, outcome, secrets)
+        code = _run_flow(directory, prepared, limit, spec, outcome, secrets)
     except Stopped:
         code = 128 + signal.SIGTERM
     except BaseException:
@@ -67,25 +61,92 @@ def run(
         os._exit(code)
 
 
-def _detach(parent: int, output: int, outcome: int, secrets: int | None) -> None:
-    """Leave the supervisor's world: session, signals, descriptors."""
+def run_inside(arguments: Sequence[str]) -> NoReturn:
+    """The same inside of bubblewrap, where the flow process is an interpreter that has just started."""
+    code = 70
+    try:
+        spec_fd, outcome, secrets, rules = arguments
+        with open(int(spec_fd), "rb") as file:
+            spec = json.load(file)
+        prepare_signals()
+        prepared = sandbox.Sandbox(sandbox.Rules.from_json(rules)._replace(user=None, cgroups=()))
+        prepared.refresh()
+        directory = RunDirectory(spec["run_directory"])
+        values = None if secrets == "none" else int(secrets)
+        code = _run_flow(directory, prepared, Limits(), spec, int(outcome), values)
+    except Stopped:
+        code = 128 + signal.SIGTERM
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _run_flow(
+    directory: RunDirectory,
+    prepared: sandbox.Sandbox,
+    limit: Limits,
+    spec: Mapping[str, Any],
+    outcome: int,
+    secrets: int | None,
+) -> int:
+    """Confine this process and run the flow in it; the exit code."""
+    myself = os.getpid()
+    try:
+        prepared.confine(spec["sandbox"], directory, spec, limit)
+        values = _read_secrets(secrets)
+        linux.close_all_but(outcome, STDIO)
+        _settle(directory, spec)
+        result = _execute(directory, spec, values)
+    except FlowError as error:
+        result = _failed(_one_line(error), retryable=False)
+    if os.getpid() != myself:
+        os._exit(1)  # a process that user code forked came back up here: it speaks for nobody
+    os.write(outcome, json.dumps(result).encode())
+    _finish()
+    return 0 if result["state"] == "completed" else 1
+
+
+def _detach(parent: int, output: int) -> None:
+    """Leave the supervisor's world: session, signals, standard streams."""
     os.setsid()
-    supervisor.prctl(supervisor.PR_SET_PDEATHSIG, signal.SIGKILL)
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the supervisor died before it could take us along
-    for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGPIPE else signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    kept = {0, 1, 2, outcome, secrets}
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd not in kept:
-            with suppress(OSError):  # the listing's own is closed already
-                os.close(fd)
+
+
+def _enter_namespaces(
+    directory: RunDirectory,
+    prepared: sandbox.Sandbox,
+    limit: Limits,
+    spec: Mapping[str, Any],
+    outcome: int,
+    secrets: int | None,
+) -> None:
+    """Go on in :func:`run_inside`, inside of bubblewrap. What needs the rights of outside is done here."""
+    prepared.confine_outside(limit)
+    spec_fd = os.open(directory.spec_path, os.O_RDONLY)
+    inside = [
+        str(spec_fd),
+        str(outcome),
+        "none" if secrets is None else str(secrets),
+        prepared.rules.to_json(),
+    ]
+    program = [sys.executable, sys.argv[0], "--flow", *inside]
+    kept = [fd for fd in (spec_fd, outcome, secrets) if fd is not None]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # bubblewrap must not end before the flow has heard it
+    bubblewrap.execute(prepared.rules, directory, spec, program, kept)
+
+
+def prepare_signals() -> None:
+    """In the launcher, which is not bothered by these: what flow processes inherit. SIGPIPE stays ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _stop)
 
 
 def _stop(*_: object) -> NoReturn:
@@ -103,8 +164,10 @@ def _read_secrets(fd: int | None) -> dict[str, str]:
     return values
 
 
-def _confine(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
+def _settle(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
+    """Environment, working directory, streams and import path of the flow."""
     os.umask(0o077)
+    renew()
     environment = dict(spec["env"])
     environment.update(
         HOME=directory.home,
@@ -112,8 +175,11 @@ def _confine(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
         PYTHONUNBUFFERED="1",
         FLOWAGENT_RUN=f"{spec['run_id']}.{spec['attempt']}",
     )
-    os.environ.clear()
-    os.environ.update(environment)
+    for name in [name for name in os.environ if name not in environment]:
+        del os.environ[name]
+    for name in environment:
+        if os.environ.get(name) != environment[name]:
+            os.environ[name] = environment[name]
     working_dir = spec.get("working_dir") or directory.work
     try:
         os.chdir(working_dir)
@@ -124,8 +190,7 @@ def _confine(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.argv = [spec["source"].get("path") or spec["source"].get("module") or ""]
-    supervisor.set_process_name("flow:" + spec["flow_name"])
-    sandbox.confine()
+    linux.set_process_name("flow:" + spec["flow_name"])
     # The launcher's own entry stays first (flowagent and cloudpickle), then what the operator names.
     extra = [*spec["import_paths"], *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[1:1] = [path for path in extra if path not in sys.path]
@@ -141,7 +206,8 @@ def _standard_stream(number: int) -> io.TextIOWrapper:
 def _execute(directory: RunDirectory, spec: Mapping[str, Any], secrets: dict[str, str]) -> dict[str, Any]:
     """Load and run the flow; the outcome as the agent records it."""
     emitter = Emitter(os.dup(1))  # its own, so that user code may redirect or close standard output
-    _log_as_events(emitter)
+    log_as_events()
+    _events.emitter = emitter
     values = {
         "run_id": spec["run_id"],
         "flow_name": spec["flow_name"],
@@ -201,9 +267,7 @@ def _finish() -> None:
 
 
 class _EventHandler(logging.Handler):
-    def __init__(self, emitter: Emitter) -> None:
-        super().__init__()
-        self._emitter = emitter
+    emitter: Emitter
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -214,16 +278,21 @@ class _EventHandler(logging.Handler):
             task = getattr(record, "task", None)
             if task:
                 data["task"] = task
-            self._emitter.emit("log", **data)
+            self.emitter.emit("log", **data)
         except Exception:
             self.handleError(record)
 
 
-def _log_as_events(emitter: Emitter) -> None:
-    root = logging.getLogger()
-    root.handlers[:] = [_EventHandler(emitter)]
-    root.setLevel(logging.INFO)
-    logging.captureWarnings(True)
+_events = _EventHandler()
+
+
+def log_as_events() -> None:
+    """Have the root logger write events. A launcher does that for all that it forks."""
+    root = logging.root
+    if root.handlers != [_events]:
+        root.handlers[:] = [_events]
+        root.setLevel(logging.INFO)
+        logging.captureWarnings(True)
 
 
 class _Observer(Observer):

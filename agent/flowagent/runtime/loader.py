@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -69,14 +67,17 @@ def load_script(path: str, root: str, sha256: str | None = None) -> tuple[Module
             sys.path.insert(0, entry)
     if package:
         importlib.import_module(package)
-    stem = re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0])
+    stem = "".join(
+        [letter if letter.isalnum() else "_" for letter in path[len(directory) + 1 :].split(".")[0]]
+    )
     name = f"_flow_{stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
     if package:
         name = package + "." + name
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:  # not named *.py
-        spec = ModuleSpec(name, None, origin=path)
-    module = importlib.util.module_from_spec(spec)
+    # Made by hand: what importlib does for this touches many pages of memory that a fork shares otherwise.
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, SourceFileLoader(name, path), origin=path)
+    module.__loader__ = module.__spec__.loader
+    module.__package__ = package
     module.__file__ = path
     sys.modules[name] = module
     try:

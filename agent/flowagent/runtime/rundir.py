@@ -8,6 +8,7 @@
       stop        agent -> supervisor   why and how to end it; SIGUSR1 says that it is there
       status      supervisor -> agent   a journal of JSON lines; locked for the supervisor's life
       output      the flow process's output, see flowagent.runtime.events
+      outcome     what the flow process says of its own end; nothing of it is trusted beyond its own run
       work/       the flow's own: its working directory, home/, tmp/, results/
 
 The status file's POSIX lock says whether the supervisor lives, and who it is, without races on reused pids:
@@ -28,7 +29,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-LEASE_WIDTH = 32
+LEASE_WIDTH = STOP_WIDTH = 32
+MAX_OUTCOME = 1 << 16
+"""Bytes of the outcome that a flow process may leave behind."""
 MAX_NOTES = 1 << 20
 """Bytes that are read of a file that the flow could write to as well."""
 FLOCK = struct.Struct("hhqqi")  # struct flock of Linux on 64 bits: type, whence, start, length, pid
@@ -49,6 +52,15 @@ class RunDirectory:
         self.stop_path = self.path + "/stop"
         self.status_path = self.path + "/status"
         self.output_path = self.path + "/output"
+        self.outcome_path = self.path + "/outcome"
+        self._files = (
+            self.spec_path,
+            self.stop_path,
+            self.lease_path,
+            self.outcome_path,
+            self.status_path,
+            self.output_path,
+        )
         self.work = self.path + "/work"
         self.home = self.work + "/home"
         self.tmp = self.work + "/tmp"  # noqa: S108
@@ -79,22 +91,23 @@ class RunDirectory:
 
     def request_stop(self, reason: str, grace: float) -> None:
         """Leave word that the attempt is to end; the caller wakes the supervisor with SIGUSR1."""
-        _write_atomically(self.stop_path, json.dumps({"reason": reason, "grace": grace}).encode())
+        # The supervisor reads the first line only, the reason is for whichever agent will record the end.
+        _write_atomically(self.stop_path, f"{grace:.3f}\n{reason}".encode())
 
     # -- written by the supervisor ---------------------------------------------------------------------
 
     def read_lease(self) -> float:
         """0.0 when the lease cannot be read: fail closed."""
         try:
-            deadline = float(_read(self.lease_path))
+            deadline = float(_read(self.lease_path, LEASE_WIDTH))
         except (OSError, ValueError):
             return 0.0
         return deadline if math.isfinite(deadline) else 0.0
 
-    def read_stop(self) -> dict[str, Any] | None:
+    def read_stop(self) -> float | None:
+        """The seconds of grace of a request to stop; None when there is no request."""
         try:
-            stop: dict[str, Any] = json.loads(_read(self.stop_path))
-            return stop
+            return float(_read(self.stop_path, STOP_WIDTH).split(b"\n")[0])
         except (OSError, ValueError):
             return None
 
@@ -165,7 +178,24 @@ class RunDirectory:
         for line in lines:
             with contextlib.suppress(ValueError, TypeError, RecursionError):
                 noted.update(json.loads(line))
+        if "ended" in noted:
+            if noted.get("stop") == "stop":
+                noted["reason"] = self._stop_reason() or noted.get("reason")
+            noted["outcome"] = self._outcome()
         return noted
+
+    def _stop_reason(self) -> str | None:
+        try:
+            return _read(self.stop_path).partition(b"\n")[2].decode(errors="replace") or None
+        except OSError:
+            return None
+
+    def _outcome(self) -> dict[str, Any] | None:
+        try:
+            outcome = json.loads(_read(self.outcome_path)[:MAX_OUTCOME])
+        except (OSError, ValueError, RecursionError):
+            return None
+        return outcome if isinstance(outcome, dict) else None
 
     def output_size(self) -> int:
         try:
@@ -180,7 +210,7 @@ class RunDirectory:
 
     def remove_own(self) -> bool:
         """Delete what flowagent made, which is quick; whether that was all."""
-        for path in (self.spec_path, self.stop_path, self.lease_path, self.status_path, self.output_path):
+        for path in self._files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         try:
@@ -202,9 +232,15 @@ def open_plain(path: str, flags: int) -> int:
     return fd
 
 
-def _read(path: str) -> bytes:
-    with open(open_plain(path, os.O_RDONLY), "rb") as file:
-        return file.read(MAX_NOTES)
+def _read(path: str, most: int = MAX_NOTES) -> bytes:
+    fd = open_plain(path, os.O_RDONLY)
+    try:
+        data = os.read(fd, most)
+        while len(data) < most and (piece := os.read(fd, most - len(data))):
+            data += piece
+        return data
+    finally:
+        os.close(fd)
 
 
 def _remove_tree(path: str) -> None:

@@ -1,42 +1,156 @@
-"""What a flow process may do: the levels of isolation, applied by the process to itself before user code.
+"""What a flow process may do: the levels of isolation, and how the process applies them to itself.
 
-``process`` is the level that every machine has: own session, clean environment, private HOME and TMPDIR,
-no new privileges, no core dumps, no inherited descriptors, first in line when memory runs out.
+``process``: own session, clean environment, private HOME and TMPDIR, no new privileges, no core dumps, no
+inherited descriptors, resource limits, first in line when memory runs out. ``landlock``: reads everything
+but credentials and the agent's own state, writes only its run directory and what is granted, reaches no
+process outside. ``namespace``: in addition processes, IPC, host name, ``/tmp`` and ``/proc`` of its own, by
+bubblewrap.
+``container`` is the docker and kubernetes runners'.
 """
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Mapping
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from flowagent.flows.errors import FlowError
-from flowagent.runtime import supervisor
+from flowagent.runtime import credentials, isolation, landlock, limits, linux, seccomp
+from flowagent.runtime.rundir import RunDirectory
 
-LEVELS = ("process", "landlock", "namespace", "container")
+PROCESS, LANDLOCK, NAMESPACE, CONTAINER = LEVELS = ("process", "landlock", "namespace", "container")
 """Weakest first."""
-OBTAINABLE = ("process",)
-"""What this version applies; a flow that demands more is refused, never run with less."""
 OOM_SCORE_ADJ = 500
 
 INHERITED = ("PATH", "LANG", "LANGUAGE", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR")
 """Variables (and all ``LC_*``) that a flow process has from the agent; everything else is left out."""
 
 
-def obtain(minimum: str | None) -> str:
-    """The level that a flow gets, given the least that it accepts.
+class Rules(NamedTuple):
+    """What one agent lets flow processes do; the same for all of its runs."""
+
+    home: str
+    """The agent's own state: out of reach but for what a run is given of it."""
+    runs: str
+    """Where the run directories are."""
+    denied: tuple[str, ...] = ()
+    """Paths that may not be read, besides the home and the usual places of credentials."""
+    read: tuple[str, ...] = ()
+    """Of the denied paths, those that runs may be given to read."""
+    write: tuple[str, ...] = ()
+    """Paths outside of their directories that runs may be given to write."""
+    covered: tuple[str, ...] = ()
+    """Sockets of services, out of reach where mounts of one's own are possible."""
+    user: tuple[int, int, tuple[int, ...]] | None = None
+    """The user, group and further groups that flows run as; None: those of the agent."""
+    cgroups: tuple[tuple[str, str], ...] = ()
+    """Hierarchy and directory in which control groups can be made."""
+
+    def to_json(self) -> str:
+        return json.dumps(self._asdict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Rules:
+        data = json.loads(text)
+        user = data["user"]
+        return cls(
+            home=data["home"],
+            runs=data["runs"],
+            denied=tuple(data["denied"]),
+            read=tuple(data["read"]),
+            write=tuple(data["write"]),
+            covered=tuple(data["covered"]),
+            user=(user[0], user[1], tuple(user[2])) if user else None,
+            cgroups=tuple((name, path) for name, path in data["cgroups"]),
+        )
+
+
+# -- which level ---------------------------------------------------------------------------------------
+
+
+def unavailable(level: str) -> str | None:
+    """None if this machine has a level; else why not, in a few words."""
+    if level == PROCESS:
+        return None
+    if level == LANDLOCK:
+        return None if landlock.version() else "the kernel has no Landlock"
+    if level == NAMESPACE:
+        return _bubblewrap_fails()
+    return "it takes an agent that runs flows in containers"
+
+
+def best() -> str:
+    """What ``auto`` means here: Landlock, at the speed of a fork; where the kernel lacks it, namespaces."""
+    for level in (LANDLOCK, NAMESPACE):
+        if unavailable(level) is None:
+            return level
+    return PROCESS
+
+
+def choose(floor: str, available: Mapping[str, str | None], minimum: str | None) -> str:
+    """The level that a run gets, given the least that its flow accepts; never below ``floor``.
+
+    ``available``: level -> None, or why this machine does not have it.
 
     :raises FlowError: this machine or version cannot give it; nothing may run then."""
-    if minimum is None:
-        return OBTAINABLE[-1]
-    if minimum not in LEVELS:
+    if minimum is not None and minimum not in LEVELS:
         raise FlowError("unknown sandbox level {!r}; the levels are {}".format(minimum, ", ".join(LEVELS)))
-    for level in OBTAINABLE:
-        if LEVELS.index(level) >= LEVELS.index(minimum):
+    wanted = LEVELS.index(minimum) if minimum is not None else 0
+    for level in LEVELS[max(wanted, LEVELS.index(floor)) :]:
+        if available[level] is None:
             return level
+    demanded = minimum if minimum is not None and wanted >= LEVELS.index(floor) else floor
     raise FlowError(
-        f"the flow demands sandbox level {minimum!r} and this agent's best is {OBTAINABLE[-1]!r}; "
+        f"sandbox level {demanded!r} is demanded and not to be had here: {available[demanded]}; "
         "use another agent or a lower level"
     )
+
+
+def _bubblewrap_fails() -> str | None:
+    program = shutil.which("bwrap")
+    if program is None:
+        return "bubblewrap is not installed"
+    trial = [program, "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--ro-bind", "/", "/"]
+    trial += ["--proc", "/proc", "--dev", "/dev", "--", "/bin/true"]
+    try:
+        done = subprocess.run(trial, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"bubblewrap does not run: {error}"
+    if done.returncode != 0:
+        return f"bubblewrap does not work here: {done.stderr.strip().splitlines()[-1:]}"
+    return None
+
+
+def gaps(level: str, rules: Rules) -> list[str]:
+    """What a level cannot do on this machine, each in a line for people."""
+    found = []
+    abi = landlock.version()
+    if level == PROCESS:
+        found.append("flows read and write whatever the user they run as may")
+    elif abi == 0:
+        found.append("the kernel has no Landlock: only namespaces confine flows")
+    else:
+        if abi < landlock.SCOPES_SINCE:
+            found.append(f"Landlock {abi} of this kernel does not keep flows from signalling other processes")
+        if abi < landlock.PORTS_SINCE:
+            found.append(f"Landlock {abi} of this kernel cannot allow single TCP ports")
+    if level == LANDLOCK and (why := isolation.possible(rules.runs)) is not None:
+        found.append(
+            f"no mounts and IPC of a run's own ({why}): flows can change modes of files of their user, reach "
+            "sockets of services and leave files in /dev/shm"
+        )
+    if not seccomp.available():
+        found.append("no seccomp filter for this processor")
+    names = dict(rules.cgroups)
+    if not names:
+        found.append("no control groups: memory and processes are watched by looking several times a second")
+    return found
 
 
 def base_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -44,11 +158,128 @@ def base_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name in INHERITED or name.startswith("LC_")}
 
 
-def confine() -> None:
-    """Apply level ``process`` to the calling process. :raises OSError: fail closed."""
-    # Forked from a process that is not dumpable; that would hide this one's own /proc entries from itself.
-    supervisor.prctl(supervisor.PR_SET_DUMPABLE, 1)
-    supervisor.prctl(supervisor.PR_SET_NO_NEW_PRIVS, 1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write(str(OOM_SCORE_ADJ))
+# -- applying it -----------------------------------------------------------------------------------------
+
+
+class Sandbox:
+    """Everything that can be made ready before a run; forked with the launcher's children."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.abi = landlock.version()
+        self._accounts = any(name in ("memory", "unified") for name, _ in rules.cgroups)
+        self.isolates = isolation.possible(rules.runs) is None
+        self._readable = landlock.Readable([*credentials.places(), *rules.denied, rules.home])
+        self._everywhere = [
+            landlock.rule("/", landlock.READ_DIR),  # names may be seen, everywhere
+            *(landlock.rule(path, WRITE_DEVICE) for path in landlock.devices()),
+        ]
+        self._filters = seccomp.programs(self.abi >= landlock.TRUNCATE_SINCE) if seccomp.available() else {}
+
+    def refresh(self) -> None:
+        """Once before each fork: what has changed in the file system since."""
+        if self.abi:
+            self._readable.refresh()
+
+    def confine(self, level: str, run: RunDirectory, spec: Mapping[str, Any], limit: limits.Limits) -> None:
+        """Apply a level to the calling process, for ever. :raises OSError: fail closed."""
+        grants = spec["grants"]
+        isolated = level == LANDLOCK and self.isolates
+        if level != NAMESPACE:  # there it was done before
+            self._limit(limit)
+        if isolated:
+            covered = [path for path in self.rules.covered if path not in grants["write"]]
+            isolation.isolate(run.work, grants["write"], covered)
+        if level != NAMESPACE:
+            self._change_user()
+        if level != PROCESS:
+            linux.drop_capabilities()
+        linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+        if level != PROCESS and self.abi:
+            self._restrict(run, spec)
+        if self._filters:
+            own_ipc = isolated or level != LANDLOCK
+            seccomp.enforce(self._filters[level != PROCESS, own_ipc, grants["network"] is not False])
+
+    def confine_outside(self, limit: limits.Limits) -> None:
+        """What has to be done before a process enters namespaces in which it will :meth:`confine` itself."""
+        self._limit(limit)
+        self._change_user()
+
+    def _limit(self, limit: limits.Limits) -> None:
+        score = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(score, b"%d" % OOM_SCORE_ADJ)
+        os.close(score)
+        limits.apply(limit, memory=not self._accounts)
+        # Forked from one that is not dumpable; that would hide this process' own /proc entries from itself.
+        linux.prctl(linux.PR_SET_DUMPABLE, 1)
+
+    def _change_user(self) -> None:
+        if self.rules.user is None:
+            return
+        uid, gid, groups = self.rules.user
+        supervisor = os.getppid()
+        os.setgroups(groups)
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)  # capabilities go with it
+        # the kernel has forgotten both of these
+        linux.prctl(linux.PR_SET_DUMPABLE, 1)
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != supervisor:
+            os._exit(1)
+
+    def _restrict(self, run: RunDirectory, spec: Mapping[str, Any]) -> None:
+        grants = spec["grants"]
+        network = grants["network"]
+        ports: Mapping[str, Any] = network if type(network) is dict else {}
+        ruleset = landlock.Ruleset(self.abi, connect=ports.get("connect"), bind=ports.get("bind"))
+        every = landlock.handled(self.abi) & ~(landlock.MAKE_CHAR | landlock.MAKE_BLOCK)
+        ruleset.add(self._everywhere)
+        ruleset.add(self._readable.rules)
+        ruleset.allow(run.work, every)
+        ruleset.allow(run.output_path, landlock.WRITE_FILE)
+        for path in (*sys.path[:1], *spec["readable"], *grants["read"]):
+            ruleset.allow(path, landlock.READ)
+        for path in grants["write"]:
+            ruleset.allow(path, every | landlock.READ)
+        with suppress(OSError):  # not every machine has it
+            ruleset.allow(isolation.SHARED_MEMORY, every)
+        ruleset.enforce()
+
+
+WRITE_DEVICE = landlock.READ_FILE | landlock.WRITE_FILE | landlock.READ_DIR | landlock.IOCTL_DEV
+
+
+def grant(rules: Rules, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is given of what its agent allows: all of it, or what its flow asks for.
+
+    :raises FlowError: the flow asks for more."""
+    given: dict[str, Any] = {"network": asked.get("network", True)}
+    for kind, allowed in (("read", rules.read), ("write", rules.write)):
+        wanted = asked.get(kind)
+        if wanted is None:
+            given[kind] = [path for path in allowed if os.path.exists(path)]
+            continue
+        for path in wanted:
+            open_anyway = kind == "read" and not _hidden(rules, path)
+            if not open_anyway and not _within(path, allowed):
+                raise FlowError(
+                    f"the flow asks to {kind} {path}, which this agent does not allow; "
+                    f"start one with --allow-{kind} {path}"
+                )
+            if not os.path.exists(path):
+                raise FlowError(f"the flow asks to {kind} {path}, which is not there")
+        given[kind] = list(wanted)
+    return given
+
+
+def _hidden(rules: Rules, path: str) -> bool:
+    hidden = [*credentials.places(), *rules.denied, rules.home]
+    real = os.path.realpath(path)
+    return any(_within(real, [each]) or _within(each, [real]) for each in map(os.path.realpath, hidden))
+
+
+def _within(path: str, directories: Sequence[str]) -> bool:
+    """Whether a path is one of the directories or below one."""
+    real = os.path.realpath(path)
+    return any(os.path.commonpath([real, top]) == top for top in map(os.path.realpath, directories))

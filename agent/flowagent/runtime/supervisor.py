@@ -1,82 +1,90 @@
-"""The supervisor: parent, timekeeper and reaper of one attempt's processes.
+"""The supervisor: parent, timekeeper and reaper of one attempt's processes at a time.
 
-It is forked by the launcher, depends on neither launcher nor agent, and speaks through the run directory. As
-a child subreaper it inherits every descendant of the flow process however it was daemonised, and it does not
-end before all of them have.
+It is forked by the launcher, depends on neither launcher nor agent once it has an attempt, and speaks through
+the run directory. As a child subreaper it inherits every descendant of the flow process however it was
+daemonised, and it is not done before all of them have ended. Then it takes the next attempt.
+
+It never reads what an attempt is about, so that nothing of one attempt is left in the memory that the next
+one's flow process begins with: it knows a directory, times and limits, and hands everything else on unread.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import json
 import os
 import resource
 import signal
+import socket
 import time
-from typing import Any, Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
 
+from flowagent.runtime import linux
+from flowagent.runtime.cgroups import Group
+from flowagent.runtime.limits import FIRST_LOOK, Excess, Limits, Watch, excess
 from flowagent.runtime.rundir import RunDirectory, boottime
-
-PR_SET_PDEATHSIG = 1
-PR_SET_DUMPABLE = 4
-PR_SET_NAME = 15
-PR_SET_CHILD_SUBREAPER = 36
-PR_SET_NO_NEW_PRIVS = 38
-_libc = ctypes.CDLL(None, use_errno=True)
-
-FALLOC_FL_KEEP_SIZE = 1
+from flowagent.runtime.sandbox import NAMESPACE, Sandbox
 
 WATCHED = (signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM)
-MAX_OUTCOME = 1 << 16
-"""Bytes of the outcome that a flow process may leave behind."""
+RESERVED = 1 << 13
+"""Bytes of disk that the notes of an attempt may need."""
+MAX_PACKET = 1 << 16
+MAX_FDS = 3
+MOST_ATTEMPTS = 1000
+"""After so many attempts a supervisor makes room for a fresh one."""
 
 
-def prctl(option: int, value: int) -> None:
-    """:raises OSError: the kernel refused."""
-    if _libc.prctl(option, value, 0, 0, 0) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"prctl {option}: {os.strerror(code)}")
-
-
-def make_undumpable() -> None:
-    """Keep other processes of this user from reading this one's memory and environment."""
-    prctl(PR_SET_DUMPABLE, 0)
-
-
-def set_process_name(name: str) -> None:
-    """What ``ps`` and ``top`` show; 15 bytes."""
-    _libc.prctl(PR_SET_NAME, name.encode()[:15] + b"\0", 0, 0, 0)
-
-
-def supervise(directory: str, secrets_fd: int | None, lease_fd: int | None) -> None:
-    """Execute the attempt in ``directory`` to its end.
-
-    ``secrets_fd`` is passed on to the flow process; ``lease_fd`` holds the lock that keeps the source in the
-    cache, simply by being open here until the end. Raises nothing: what goes wrong is noted as the end."""
-    run = RunDirectory(directory)
+def serve(connection: socket.socket, sandbox: Sandbox) -> None:
+    """Execute attempts as the launcher sends them, one after the other, until it closes the connection."""
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.umask(0o077)
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
-    set_process_name("flowagent-run")
+    linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+    linux.set_process_name("flowagent-run")
+    group = Group.enter(dict(sandbox.rules.cgroups), str(os.getpid()))
+    for number in range(1, MOST_ATTEMPTS + 1):
+        packet, fds, _, _ = socket.recv_fds(connection, MAX_PACKET, MAX_FDS)
+        if not packet:
+            return
+        job = json.loads(packet)
+        handed = dict(zip(job["fds"], fds))
+        try:
+            supervise(job, sandbox, group, handed.get("secrets"))
+        finally:
+            for fd in fds:
+                with suppress(OSError):
+                    os.close(fd)
+        if number < MOST_ATTEMPTS:
+            with suppress(OSError):  # the launcher may be gone: nothing more comes then
+                connection.send(b"done")
+
+
+def supervise(job: Mapping[str, Any], sandbox: Sandbox, group: Group, secrets: int | None) -> None:
+    """Execute one attempt to its end. Raises nothing: what goes wrong is noted as the end."""
+    run = RunDirectory(job["directory"])
+    while signal.sigtimedwait(WATCHED, 0):
+        pass  # meant for an attempt before this one
     try:
         status = run.open_status()
     except OSError:
         return  # another supervisor has, or had, this attempt: asking twice is harmless
     try:
-        _reserve(status)
-        end = _Attempt(run, status).execute(secrets_fd)
-    except Exception as error:
-        kill_descendants()
-        end = {"ended": True, "error": f"{type(error).__name__}: {error}"}
-    _note(status, end)
+        try:
+            _reserve(status)
+            end = _Attempt(run, status, job, sandbox, group).execute(secrets)
+        except Exception as error:
+            kill_descendants(None, group)
+            end = {"ended": True, "error": f"{type(error).__name__}: {error}"}
+        _note(status, dict(end, time=time.time()))
+    finally:
+        os.close(status)
 
 
 def _note(status: int, data: dict[str, Any]) -> None:
-    line = json.dumps(dict(data, time=time.time()) if "ended" in data else data).encode() + b"\n"
+    line = json.dumps(data).encode() + b"\n"
     while line:
         line = line[os.write(status, line) :]
 
@@ -85,93 +93,143 @@ def _reserve(status: int) -> None:
     """Have the room on disk for all notes, so that the end can be noted however full the flow makes it.
 
     :raises OSError: it is full already. Where the file system cannot reserve, nothing is."""
-    if _libc.fallocate(status, FALLOC_FL_KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(MAX_OUTCOME)) != 0:
-        code = ctypes.get_errno()
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(code, os.strerror(code))
+    code = linux.reserve(status, RESERVED)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        raise OSError(code, os.strerror(code))
 
 
 class _Attempt:
-    def __init__(self, run: RunDirectory, status: int) -> None:
+    def __init__(
+        self, run: RunDirectory, status: int, job: Mapping[str, Any], sandbox: Sandbox, group: Group
+    ) -> None:
         self._run = run
         self._status = status
-        self._spec = run.read_spec()
+        self._sandbox = sandbox
+        self._group = group
+        self._limits = Limits(**job["limits"])
+        self._level = str(job["level"])
+        self._grace = float(job["grace"])
         self._reason: str | None = None  # why it is being stopped
-        self._stop_kind: str | None = None  # timeout, lease, stop
+        self._stop_kind: str | None = None  # timeout, lease, stop, limit
+        self._excess: Excess | None = None
         self._kill_at: float | None = None  # boottime of the SIGKILL that follows a SIGTERM
         self._main: int | None = None
         self._main_status: int | None = None
+        self._peak_memory = 0  # bytes, of the largest process
+        self._cpu_time = 0.0
         self._lease = 0.0  # as last read
 
-    def execute(self, secrets_fd: int | None) -> dict[str, Any]:
+    def execute(self, secrets: int | None) -> dict[str, Any]:
         output = os.open(self._run.output_path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        outcome_read, outcome_write = os.pipe()
-        _note(self._status, {"supervisor": os.getpid(), "started": time.time(), "boottime": boottime()})
-        oom_kills = _oom_kills()
-        if boottime() >= self._read_lease():
-            return {"ended": True, "stop": "lease", "reason": "its lease ran out before it began"}
-        began = boottime()
-        parent = os.getpid()
-        self._main = os.fork()
-        if self._main == 0:
-            # Nothing returns from here; flowagent.runtime.child ends the process.
-            from flowagent.runtime import child
+        outcome = os.open(self._run.outcome_path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            parent = os.getpid()
+            _note(self._status, {"supervisor": parent, "started": time.time(), "boottime": boottime()})
+            if boottime() >= self._read_lease():
+                return {"ended": True, "stop": "lease", "reason": "its lease ran out before it began"}
+            self._group.limit(self._limits.memory, self._limits.processes)
+            self._sandbox.refresh()
+            self._main = os.fork()
+            if self._main == 0:
+                # Nothing returns from here; flowagent.runtime.child ends the process.
+                from flowagent.runtime import child
 
-            child.run(self._run, self._spec, parent, output, outcome_write, secrets_fd)
-        os.close(outcome_write)
-        os.close(output)
-        if secrets_fd is not None:
-            os.close(secrets_fd)
-        _note(self._status, {"pid": self._main})
-        self._watch(began)
-        leftovers = kill_descendants()
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+                child.run(self._run, self._sandbox, self._limits, parent, output, outcome, secrets)
+            if secrets is not None:
+                os.close(secrets)
+            _note(self._status, {"pid": self._main})
+            self._watch()
+            leftovers = self._kill()
+            return self._end(leftovers, os.fstat(outcome).st_size)
+        finally:
+            os.close(output)
+            os.close(outcome)
+
+    def _end(self, leftovers: int, said: int) -> dict[str, Any]:
         status = self._main_status if self._main_status is not None else 0
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
         killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        if self._level == NAMESPACE and not said and (code or 0) > 128:
+            code, killed_by = None, (code or 0) - 128  # bubblewrap's way of telling
+        if killed_by == signal.SIGXCPU and self._limits.cpu_time is not None and self._excess is None:
+            self._excess = excess("cpu_time", self._limits.cpu_time)
+        out_of_memory = self._excess is not None and self._excess.name == "memory"
+        if killed_by == signal.SIGKILL and self._stop_kind is None:
+            out_of_memory = self._group.has_killed()
         return {
             "ended": True,
             "stop": self._stop_kind,
             "reason": self._reason,
-            "exit_code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+            "limit": self._excess.reason if self._excess is not None else None,
+            "exit_code": code,
             "signal": killed_by,
-            "out_of_memory": killed_by == signal.SIGKILL
-            and self._kill_at is None
-            and _oom_kills() > oom_kills,
-            "peak_memory": usage.ru_maxrss * 1024,
-            "cpu_time": round(usage.ru_utime + usage.ru_stime, 6),
-            "outcome": _read_outcome(outcome_read),
+            "out_of_memory": out_of_memory,
+            "memory_limit": self._limits.memory,
+            "peak_memory": self._peak_memory,
+            "cpu_time": round(self._cpu_time, 6),
             "leftovers": leftovers,
         }
 
-    def _watch(self, began: float) -> None:
-        """Until the main process has ended: reap, stop when told to, keep the time."""
-        timeout = float(self._spec["timeout"] or 0.0)
-        expires = began + timeout if timeout else None
+    def _watch(self) -> None:
+        """Until the main process has ended: reap, stop when told to, keep the time and the limits."""
+        began = boottime()
+        expires = began + self._limits.wall_time if self._limits.wall_time else None
+        watch: Watch | None = None
+        look_at = time.monotonic() + FIRST_LOOK
         self._read_stop()  # word that was left before there was a supervisor to hear the signal
         while self._main_status is None:
             now = boottime()
-            lease = self._read_lease()
-            if now >= lease:
+            # The agent only ever extends it, so it needs no reading before it seems to have run out.
+            if now >= self._lease and now >= self._read_lease():
                 self._reason = "no agent renewed its lease"
                 self._stop_kind = "lease"
                 self._kill()
             elif expires is not None and now >= expires and self._stop_kind is None:
-                self._reason = f"timed out after {timeout:g} s"
-                self._stop("timeout", float(self._spec.get("grace", 10.0)), now)
+                self._reason = f"timed out after {self._limits.wall_time:g} s"
+                self._stop("timeout", self._grace, now)
             elif self._kill_at is not None and now >= self._kill_at:
                 self._kill()
-            deadlines = [lease]
+            elif self._stop_kind is None and time.monotonic() >= look_at:
+                watch = watch or self._watcher()
+                self._excess = watch.look()
+                look_at = watch.next
+                if self._excess is not None:
+                    self._stop_kind = "limit"
+                    self._kill()
+            deadlines = [self._lease]
             if expires is not None and self._stop_kind is None:
                 deadlines.append(expires)
             if self._kill_at is not None:
                 deadlines.append(self._kill_at)
-            received = signal.sigtimedwait(WATCHED, max(0.0, min(min(deadlines) - boottime(), 3600.0)))
-            if received is not None and received.si_signo == signal.SIGUSR1:
-                self._read_stop()
-            elif received is not None and received.si_signo == signal.SIGTERM and self._stop_kind is None:
-                self._reason = "its supervisor was asked to end"
-                self._stop("stop", float(self._spec.get("grace", 10.0)), boottime())
-            self._reap()
+            if self._stop_kind is None:
+                deadlines.append(now + look_at - time.monotonic())
+            if self._main_status is None:
+                self._wait(min(min(deadlines) - boottime(), 3600.0))
+
+    def _wait(self, seconds: float) -> None:
+        received = signal.sigtimedwait(WATCHED, max(0.0, seconds))
+        if received is not None and received.si_signo == signal.SIGUSR1:
+            self._read_stop()
+        elif received is not None and received.si_signo == signal.SIGTERM and self._stop_kind is None:
+            self._reason = "its supervisor was asked to end"
+            self._stop("stop", self._grace, boottime())
+        self._reap()
+
+    def _watcher(self) -> Watch:
+        group = self._group
+        before = group.cpu_time()
+
+        def spent() -> float:
+            return (group.cpu_time() or 0.0) - (before or 0.0)
+
+        return Watch(
+            self._limits,
+            output=self._run.output_path,
+            directory=self._run.work,
+            processes=descendants,
+            counted=not (group.limits_memory and group.limits_processes),
+            spent=spent if before is not None else None,
+        )
 
     def _read_lease(self) -> float:
         """Until when the attempt may live. What cannot be read extends nothing: the last word stands."""
@@ -179,14 +237,13 @@ class _Attempt:
         return self._lease
 
     def _read_stop(self) -> None:
-        stop = self._run.read_stop()
-        if stop is None:
+        grace = self._run.read_stop()
+        if grace is None:
             return
         if self._stop_kind is None:
-            self._reason = str(stop["reason"])
-            self._stop("stop", float(stop["grace"]), boottime())
+            self._stop("stop", grace, boottime())
         else:  # asked again, perhaps with less patience
-            sooner = boottime() + float(stop["grace"])
+            sooner = boottime() + grace
             self._kill_at = sooner if self._kill_at is None else min(self._kill_at, sooner)
 
     def _stop(self, kind: str, grace: float, now: float) -> None:
@@ -197,14 +254,16 @@ class _Attempt:
                 os.killpg(self._main, signal.SIGTERM)
                 os.killpg(self._main, signal.SIGCONT)  # a stopped process hears nothing
             except ProcessLookupError:  # just forked, and no leader of its group yet
-                with contextlib.suppress(ProcessLookupError):
+                with suppress(ProcessLookupError):
                     os.kill(self._main, signal.SIGTERM)
 
-    def _kill(self) -> None:
-        """SIGKILL the main process and all below it; the loop then sees the main process end."""
-        kill_descendants(self._collect)
+    def _kill(self) -> int:
+        """SIGKILL the main process and all below it, and collect them; how many still lived."""
+        return kill_descendants(self._collect, self._group)
 
-    def _collect(self, pid: int, status: int) -> None:
+    def _collect(self, pid: int, status: int, usage: resource.struct_rusage) -> None:
+        self._peak_memory = max(self._peak_memory, usage.ru_maxrss * 1024)
+        self._cpu_time += usage.ru_utime + usage.ru_stime
         if pid == self._main:
             self._main_status = status
 
@@ -212,15 +271,15 @@ class _Attempt:
         """Collect every child that has ended: the main process, and orphans that came to us."""
         while self._main_status is None:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            self._collect(pid, status)
+            self._collect(pid, status, usage)
 
 
-def kill_descendants(collect: Callable[[int, int], None] | None = None) -> int:
+def kill_descendants(collect: Callable[[int, int, resource.struct_rusage], None] | None, group: Group) -> int:
     """SIGKILL and reap all descendants of this process until none is left; how many were still alive.
 
     A descendant of a killed one becomes a child of this process (it is a subreaper), so the loop ends only
@@ -229,24 +288,23 @@ def kill_descendants(collect: Callable[[int, int], None] | None = None) -> int:
     pause = 0.005
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             return len(killed)
         if pid:
             if collect is not None:
-                collect(pid, status)
+                collect(pid, status, usage)
             continue
-        for pid in _descendants():
-            try:
+        group.allow_no_more()
+        for pid in descendants():
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
-            except ProcessLookupError:
-                pass
         signal.sigtimedwait([signal.SIGCHLD], pause)
         pause = min(0.25, pause * 1.5)  # one may hang in the kernel for long
 
 
-def _descendants() -> list[int]:
+def descendants() -> list[int]:
     """All living descendants of this process."""
     children = children_by_parent()
     found: list[int] = []
@@ -270,31 +328,3 @@ def children_by_parent() -> dict[int, list[int]]:
                 continue
             children.setdefault(parent, []).append(int(name))
     return children
-
-
-def _oom_kills() -> int:
-    """How often the kernel has killed for want of memory since boot, in any cgroup."""
-    try:
-        with open("/proc/vmstat", "rb") as file:
-            for line in file:
-                if line.startswith(b"oom_kill "):
-                    return int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return 0
-
-
-def _read_outcome(fd: int) -> dict[str, Any] | None:
-    """What the flow process said of its own end; nothing of it is trusted beyond its own run."""
-    os.set_blocking(fd, False)
-    data = b""
-    try:
-        while len(data) < MAX_OUTCOME:
-            piece = os.read(fd, MAX_OUTCOME)
-            if not piece:
-                break
-            data += piece
-        outcome = json.loads(data)
-    except (OSError, ValueError):
-        return None
-    return outcome if isinstance(outcome, dict) else None

@@ -1,0 +1,149 @@
+"""What an agent lets its flows do: the sandbox' rules from its settings, and what each run gets of them."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowagent.errors import SandboxError, SettingsError
+from flowagent.flows.errors import FlowError
+from flowagent.runtime import cgroups, isolation, sandbox
+from flowagent.runtime.limits import Limits
+from flowagent.settings import Settings
+
+ENTERED = 0o711
+"""The mode of a directory that another user may enter, but not list."""
+SOURCES = ("flows", "sources")
+"""Parts of the agent's home that hold sources: a run may read its own one there."""
+
+
+class Confinement:
+    """The sandbox of one agent. ``runs``: where its run directories are.
+
+    :raises SettingsError: the machine does not have what the settings ask for."""
+
+    def __init__(self, settings: Settings, runs: Path) -> None:
+        self._settings = settings
+        self._available = {level: sandbox.unavailable(level) for level in sandbox.LEVELS}
+        self.floor = sandbox.best() if settings.sandbox == "auto" else settings.sandbox
+        if (why := self._available[self.floor]) is not None:
+            raise SettingsError(f"sandbox level {self.floor!r} is not to be had here: {why}")
+        self.limits = Limits().tightened({k: v for k, v in settings.max.items() if v is not None})
+        for kind in ("allow_read", "allow_write"):
+            for path in getattr(settings, kind):
+                _check_grant(kind, path, settings.home)
+        self.rules = sandbox.Rules(
+            home=os.path.realpath(settings.home),
+            runs=os.path.realpath(runs),
+            denied=_denied(settings),
+            read=tuple(os.path.realpath(path) for path in settings.allow_read),
+            write=tuple(os.path.realpath(path) for path in settings.allow_write),
+            covered=tuple(isolation.covered(os.environ)),
+            user=_user(settings.run_as, runs),
+            cgroups=tuple(sorted(cgroups.find().items())),
+        )
+        self.gaps = sandbox.gaps(self.floor, self.rules)
+        """What cannot be enforced here, each in a line."""
+
+    def level(self, config: Mapping[str, Any]) -> str:
+        """The level of a run. :raises SandboxError: its flow demands more than there is."""
+        minimum = config.get("sandbox")
+        if isinstance(config.get("network"), Mapping) and minimum in (None, sandbox.PROCESS):
+            minimum = sandbox.LANDLOCK  # the one that knows ports
+        try:
+            return sandbox.choose(self.floor, self._available, minimum)
+        except FlowError as error:
+            raise SandboxError(str(error)) from None
+
+    def grants(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a run may do beyond its level. :raises SandboxError: its flow asks for more than that."""
+        try:
+            return sandbox.grant(self.rules, config)
+        except FlowError as error:
+            raise SandboxError(str(error)) from None
+
+    def limits_of(self, config: Mapping[str, Any]) -> Limits:
+        """The limits of a run: the agent's, where its flow does not ask for less."""
+        asked = dict(config.get("limits") or {})
+        if config.get("timeout"):
+            asked["wall_time"] = min(config["timeout"], asked.get("wall_time", config["timeout"]))
+        return self.limits.tightened(asked)
+
+    def readable(self, source: Path) -> list[str]:
+        """The source of a run, if it lies in the agent's home, which is closed otherwise."""
+        real = os.path.realpath(source)
+        parts = [os.path.join(self.rules.home, name) for name in SOURCES]
+        return [real] if any(real.startswith(part + os.sep) for part in parts) else []
+
+    def hand_over(self, directory: str) -> None:
+        """Give what is in a run directory for the flow to the user that it runs as."""
+        if self.rules.user is not None:
+            uid, gid, _ = self.rules.user
+            os.chmod(directory, ENTERED)
+            for path, _, _ in os.walk(os.path.join(directory, "work")):
+                os.chown(path, uid, gid)
+
+
+def _check_grant(kind: str, path: Path, home: Path) -> None:
+    option = "--" + kind.replace("_", "-")
+    real, closed = os.path.realpath(path), os.path.realpath(home)
+    if not os.path.exists(real):
+        raise SettingsError(f"{option} {path}: there is no such path")
+    if os.path.commonpath([real, closed]) in (real, closed):
+        raise SettingsError(
+            f"{option} {path} would open the agent's own files in {home}; name other directories"
+        )
+
+
+def _denied(settings: Settings) -> tuple[str, ...]:
+    """Files of the agent that are outside of its home."""
+    found = [os.environ[name] for name in ("CREDENTIALS_DIRECTORY",) if name in os.environ]
+    if settings.config is not None:
+        found.append(str(settings.config))
+    if settings.store.startswith("sqlite:"):
+        path = settings.store[len("sqlite:///") :]
+        found += [path + suffix for suffix in ("", "-wal", "-shm", "-journal", ".bells")]
+    return tuple(os.path.realpath(path) for path in found)
+
+
+def _user(name: str | None, runs: Path) -> tuple[int, int, tuple[int, ...]] | None:
+    """The user that flows run as, as numbers."""
+    if name is None:
+        return None
+    if os.geteuid() != 0:
+        raise SettingsError("--run-as takes an agent that runs as root; start it as root, or leave this out")
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise SettingsError(
+            f"--run-as {name}: there is no such user; make one: useradd --system {name}"
+        ) from None
+    if entry.pw_uid == 0:
+        raise SettingsError("--run-as takes a user other than root; leave it out to run flows as root")
+    groups = tuple(sorted(os.getgrouplist(name, entry.pw_gid)))
+    _open_the_way(runs, entry.pw_uid, groups)
+    return entry.pw_uid, entry.pw_gid, groups
+
+
+def _open_the_way(runs: Path, uid: int, groups: tuple[int, ...]) -> None:
+    """See to it that a user can enter the directories above the run directories, without listing them."""
+    home = runs.parents[2]
+    for directory in (
+        home,
+        *(home / name for name in ("agents", "flows", "sources", "ground")),
+        runs.parent,
+        runs,
+    ):
+        if directory.is_dir():
+            directory.chmod(directory.stat().st_mode | 0o011)
+    for directory in home.parents:
+        status = directory.stat()
+        bit = 0o100 if status.st_uid == uid else 0o010 if status.st_gid in groups else 0o001
+        if not status.st_mode & bit:
+            raise SettingsError(
+                f"--run-as: that user may not enter {directory}; use a FLOWAGENT_HOME that it can reach, "
+                "such as /var/lib/flowagent"
+            )

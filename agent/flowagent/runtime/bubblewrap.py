@@ -1,0 +1,69 @@
+"""Sandbox level ``namespace``: the flow process in namespaces of its own, made by bubblewrap.
+
+bubblewrap executes a program, so a flow at this level begins with a fresh interpreter instead of a fork of
+the warm one. Inside, it confines itself by Landlock as well.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from flowagent.runtime import credentials, landlock
+from flowagent.runtime.rundir import RunDirectory
+from flowagent.runtime.sandbox import Rules
+
+EMPTY = "/dev/null"
+PRIVATE_TMP = "/tmp"  # noqa: S108
+
+
+def execute(
+    rules: Rules, run: RunDirectory, spec: Mapping[str, Any], program: Sequence[str], fds: Sequence[int]
+) -> NoReturn:
+    """Replace this process by bubblewrap, and that by ``program``. Descriptors ``fds`` stay open.
+
+    :raises OSError: there is no bubblewrap."""
+    bwrap = shutil.which("bwrap", path=os.defpath) or shutil.which("bwrap") or "bwrap"
+    for fd in fds:
+        os.set_inheritable(fd, True)
+    # Nothing of the flow's environment here: bubblewrap itself is not in the sandbox yet.
+    os.execve(bwrap, [bwrap, *arguments(rules, run, spec), "--", *program], {"LANG": "C.UTF-8"})  # noqa: S606
+
+
+def arguments(rules: Rules, run: RunDirectory, spec: Mapping[str, Any]) -> list[str]:
+    """The options; their order is that of the mounts."""
+    grants = spec["grants"]
+    found = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", "flow", "--die-with-parent"]
+    if grants["network"] is False:
+        found.append("--unshare-net")
+    found += ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", PRIVATE_TMP]
+    for device in landlock.devices():
+        if os.path.basename(device).startswith(landlock.COMPUTING):
+            found += ["--dev-bind", device, device]
+    for path in (*credentials.places(), *rules.denied, *rules.covered):
+        found += _hide(path)
+    found += ["--tmpfs", rules.home]
+    visible = [*sys.path[:1], *spec["readable"], spec["source"]["directory"], sys.prefix, sys.base_prefix]
+    for path in visible:
+        if path and os.path.exists(path) and _lost(path, rules.home):
+            found += ["--ro-bind", path, path]
+    for path in grants["read"]:
+        found += ["--ro-bind", path, path]
+    for path in (run.work, *grants["write"]):
+        found += ["--bind", path, path]
+    return [*found, "--chdir", run.work]
+
+
+def _hide(path: str) -> list[str]:
+    real = os.path.realpath(path)
+    if not os.path.lexists(real) or real.startswith(PRIVATE_TMP + "/"):
+        return []
+    return ["--tmpfs", real] if os.path.isdir(real) else ["--ro-bind", EMPTY, real]
+
+
+def _lost(path: str, home: str) -> bool:
+    """Whether a path lies below one that is empty inside."""
+    return any(os.path.commonpath([path, top]) == top for top in (PRIVATE_TMP, home))

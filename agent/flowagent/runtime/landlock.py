@@ -1,0 +1,176 @@
+"""Landlock: what a flow process may read and write of the file system, and whom it may reach.
+
+By ctypes: the two packages on PyPI are a pre-release that knows neither network nor scopes, and a young one
+that nobody else uses yet; both would have to be laid out next to every interpreter of a flow, for three
+system calls. Landlock knows only rules that allow. "Everything but these paths" is therefore made of a rule
+for each entry of each directory on the way to a denied path: :class:`Readable` keeps those rules ready, with
+open descriptors, so that a run only has to hand them to the kernel.
+
+Numbers and semantics: https://docs.kernel.org/userspace-api/landlock.html
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import struct
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+from flowagent.runtime.linux import checked, libc
+
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+CREATE_RULESET_VERSION = 1
+RULE_PATH_BENEATH, RULE_NET_PORT = 1, 2
+
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+REFER, TRUNCATE, IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
+MAKE_CHAR, MAKE_BLOCK = 1 << 6, 1 << 11
+BIND_TCP, CONNECT_TCP = 1 << 0, 1 << 1
+SCOPE_ABSTRACT_SOCKETS, SCOPE_SIGNALS = 1 << 0, 1 << 1
+
+READ = EXECUTE | READ_FILE | READ_DIR
+OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
+"""Rights that a rule for a file can have; the others are of directories only."""
+HANDLED = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+"""File system rights by the version that brought the last of them."""
+PORTS_SINCE, SCOPES_SINCE, TRUNCATE_SINCE = 4, 6, 3
+
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts")
+COMPUTING = ("dri", "kfd", "nvidia", "nvhost", "accel")
+"""Devices that flows may use: the harmless ones, and those that begin so: graphics cards and the like."""
+
+
+def version() -> int:
+    """The kernel's ABI version; 0 where there is no Landlock, or it is switched off."""
+    return max(0, int(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), CREATE_RULESET_VERSION)))
+
+
+def handled(abi: int) -> int:
+    """The file system rights that a kernel controls."""
+    return HANDLED[max(known for known in HANDLED if known <= abi)]
+
+
+class Rule:
+    """One allowed path: rights and an open descriptor, packed as the kernel takes them."""
+
+    def __init__(self, rights: int, fd: int) -> None:
+        self.fd = fd
+        self.packed = struct.pack("=Qi", rights, fd)
+
+
+class Readable:
+    """Everything but ``denied``, as rules that stay ready between runs.
+
+    Entries that appear later in a directory on the way to a denied path are found by its time of change."""
+
+    def __init__(self, denied: Iterable[str]) -> None:
+        self._denied = sorted({os.path.realpath(path) for path in denied})
+        self._parents = {parent for path in self._denied for parent in _parents(path)}
+        self._times: dict[str, int] = {}
+        self.rules: list[Rule] = []
+
+    def refresh(self) -> None:
+        """Look whether anything changed since the rules were made, and make them anew if so."""
+        if all(_changed(path) == seen for path, seen in self._times.items()) and self._times:
+            return
+        for rule in self.rules:
+            os.close(rule.fd)
+        self.rules = []
+        self._times = {}
+        self._expand("/")
+
+    def _expand(self, directory: str) -> None:
+        changed = _changed(directory)
+        # what changed in this very tick of the clock may change again in it, unnoticed: look again next time
+        settled = time.time_ns() - changed > 50_000_000
+        self._times[directory] = changed if settled else -1
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            return
+        for name in names:
+            path = os.path.join(directory, name)
+            if path in self._parents and not os.path.islink(path):
+                self._expand(path)
+            elif path not in self._denied and path != "/dev":
+                with suppress(OSError):
+                    self.rules.append(rule(path, READ))
+
+
+def _parents(path: str) -> Iterable[str]:
+    while path != "/":
+        path = os.path.dirname(path)
+        yield path
+
+
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def rule(path: str, rights: int, abi: int = 5) -> Rule:
+    """A rule for a path; of the rights, those that its kind can have.
+
+    :raises OSError: it is not there, or is a symbolic link."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISLNK(mode):
+        os.close(fd)
+        raise OSError(f"{path} is a symbolic link")
+    rights &= handled(abi)
+    return Rule(rights if stat.S_ISDIR(mode) else rights & OF_FILES, fd)
+
+
+def devices() -> list[str]:
+    """The devices of this machine that flows may use."""
+    try:
+        names = os.listdir("/dev")
+    except OSError:
+        return []
+    return ["/dev/" + name for name in names if name in DEVICES or name.startswith(COMPUTING)]
+
+
+class Ruleset:
+    """What one process and all that it starts may do; nothing is allowed that is not said."""
+
+    def __init__(self, abi: int, *, connect: Iterable[int] | None, bind: Iterable[int] | None) -> None:
+        """``connect``, ``bind``: the TCP ports that are allowed; None: all.
+
+        :raises OSError: the kernel has no Landlock, or cannot control ports."""
+        self._abi = abi
+        net = (CONNECT_TCP if connect is not None else 0) | (BIND_TCP if bind is not None else 0)
+        if net and abi < PORTS_SINCE:
+            raise OSError(f"Landlock {abi} of this kernel cannot control TCP ports, version 4 can")
+        scopes = SCOPE_ABSTRACT_SOCKETS | SCOPE_SIGNALS if abi >= SCOPES_SINCE else 0
+        known = struct.pack("=QQQ", handled(abi), net, scopes)
+        size = 24 if abi >= SCOPES_SINCE else 16 if abi >= PORTS_SINCE else 8
+        self._fd = checked(libc.syscall(CREATE_RULESET, known, ctypes.c_size_t(size), 0), "Landlock")
+        for right, ports in ((CONNECT_TCP, connect), (BIND_TCP, bind)):
+            for port in ports or ():
+                packed = struct.pack("=QQ", right, port)
+                checked(libc.syscall(ADD_RULE, self._fd, RULE_NET_PORT, packed, 0), f"Landlock, port {port}")
+
+    def add(self, rules: Iterable[Rule]) -> None:
+        """Allow what the rules say."""
+        add, ruleset = libc.syscall, self._fd
+        for each in rules:
+            if add(ADD_RULE, ruleset, RULE_PATH_BENEATH, each.packed, 0) < 0:
+                checked(-1, "Landlock, a rule")
+
+    def allow(self, path: str, rights: int) -> None:
+        """Allow a path. :raises OSError: it is not there."""
+        made = rule(path, rights, self._abi)
+        try:
+            self.add([made])
+        finally:
+            os.close(made.fd)
+
+    def enforce(self) -> None:
+        """From now on, for this process and all that it starts, for ever. Needs no_new_privs."""
+        checked(libc.syscall(RESTRICT_SELF, self._fd, 0), "Landlock")
+        os.close(self._fd)

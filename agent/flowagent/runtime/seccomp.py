@@ -1,0 +1,148 @@
+"""System calls that flows have no business with, refused by a seccomp filter.
+
+It closes what file rules do not see: other processes' limits, the keyrings that all processes of a user
+share, terminals of others, and calls that go past other filters. The filter is a classic BPF program; its
+format is that of linux/filter.h and linux/seccomp.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Iterable
+
+from flowagent.runtime.linux import PR_SET_SECCOMP, checked, libc
+
+SECCOMP_MODE_FILTER = 2
+RET_ALLOW, RET_ERRNO = 0x7FFF0000, 0x00050000
+LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
+"""Offsets in struct seccomp_data: the call's number, its architecture, its six arguments of 8 bytes."""
+X32 = 0x40000000
+"""Numbers from here on are calls of the x32 ABI, which would go past every number below."""
+
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+NUMBERS = {
+    "x86_64": {
+        "ioctl": 16, "shmget": 29, "socket": 41, "semget": 64, "msgget": 68, "truncate": 76, "add_key": 248,
+        "request_key": 249, "keyctl": 250, "perf_event_open": 298, "prlimit64": 302, "bpf": 321,
+        "userfaultfd": 323, "io_uring_setup": 425,
+    },
+    "aarch64": {
+        "ioctl": 29, "truncate": 45, "msgget": 186, "semget": 190, "shmget": 194, "socket": 198,
+        "add_key": 217, "request_key": 218, "keyctl": 219, "perf_event_open": 241, "prlimit64": 261,
+        "bpf": 280, "userfaultfd": 282, "io_uring_setup": 425,
+    },
+}  # fmt: skip
+
+ALWAYS = ("add_key", "request_key", "keyctl", "perf_event_open", "bpf", "userfaultfd", "io_uring_setup")
+"""Never of use in a flow: shared keyrings, spying, and calls that other filters do not see."""
+SYSTEM_V = ("shmget", "semget", "msgget")
+"""Objects that outlive their processes; refused where a run has no IPC namespace of its own."""
+TERMINAL = (0x5412, 0x541C)
+"""TIOCSTI and TIOCLINUX: type into a terminal, paste its selection."""
+AF_UNIX = 1
+
+
+def available() -> bool:
+    """Whether filters are known for this machine's processors."""
+    return os.uname().machine in NUMBERS
+
+
+class Filter:
+    """A program that allows everything but what is refused. Refused calls fail with EPERM."""
+
+    def __init__(self) -> None:
+        machine = os.uname().machine
+        self._numbers = NUMBERS[machine]
+        self._program: list[tuple[int, int, int, int]] = [
+            (LOAD, 0, 0, ARCHITECTURE),
+            (JUMP_EQUAL, 1, 0, ARCHITECTURES[machine]),
+            (RETURN, 0, 0, RET_ERRNO | errno.EPERM),  # calls of another architecture
+            (LOAD, 0, 0, NUMBER),
+        ]
+        if machine == "x86_64":
+            self._program += [(JUMP_GREATER_EQUAL, 0, 1, X32), (RETURN, 0, 0, RET_ERRNO | errno.EPERM)]
+
+    def refuse(self, names: Iterable[str]) -> None:
+        """Whatever their arguments."""
+        for name in names:
+            self._program += [
+                (JUMP_EQUAL, 0, 1, self._numbers[name]),
+                (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
+            ]
+
+    def refuse_with(self, name: str, argument: int, values: Iterable[int]) -> None:
+        """When the argument (its lower half) is one of ``values``."""
+        body = []
+        for value in values:
+            body += [(JUMP_EQUAL, 0, 1, value), (RETURN, 0, 0, RET_ERRNO | errno.EPERM)]
+        self._when(name, [(LOAD, 0, 0, ARGUMENTS + 8 * argument), *body])
+
+    def refuse_without(self, name: str, argument: int, value: int) -> None:
+        """Unless the argument is ``value``."""
+        self._when(
+            name,
+            [
+                (LOAD, 0, 0, ARGUMENTS + 8 * argument),
+                (JUMP_EQUAL, 1, 0, value),
+                (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
+            ],
+        )
+
+    def refuse_limits_of_others(self) -> None:
+        """prlimit(pid, ..., new limit, ...) with a pid other than 0."""
+        lower, upper = ARGUMENTS + 16, ARGUMENTS + 20
+        self._when(
+            "prlimit64",
+            [
+                (LOAD, 0, 0, ARGUMENTS),
+                (JUMP_EQUAL, 5, 0, 0),  # its own
+                (LOAD, 0, 0, lower),
+                (JUMP_EQUAL, 0, 2, 0),
+                (LOAD, 0, 0, upper),
+                (JUMP_EQUAL, 1, 0, 0),  # only asks
+                (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
+            ],
+        )
+
+    def _when(self, name: str, body: list[tuple[int, int, int, int]]) -> None:
+        self._program += [(JUMP_EQUAL, 0, len(body) + 1, self._numbers[name]), *body, (LOAD, 0, 0, NUMBER)]
+
+    def program(self) -> bytes:
+        """As the kernel takes it."""
+        return b"".join(struct.pack("=HBBI", *each) for each in [*self._program, (RETURN, 0, 0, RET_ALLOW)])
+
+
+def programs(truncate: bool) -> dict[tuple[bool, bool, bool], bytes]:
+    """The filters of flow processes, by: is it confined by Landlock, has it an IPC namespace of its own, may
+    it use the network. ``truncate``: Landlock sees truncate(2)."""
+    return {
+        (confined, own_ipc, network): _program(own_ipc, network, truncate or not confined)
+        for confined in (False, True)
+        for own_ipc in (False, True)
+        for network in (False, True)
+    }
+
+
+def _program(own_ipc: bool, network: bool, truncate: bool) -> bytes:
+    made = Filter()
+    made.refuse(ALWAYS)
+    made.refuse_with("ioctl", 1, TERMINAL)
+    made.refuse_limits_of_others()
+    if not own_ipc:
+        made.refuse(SYSTEM_V)
+    if not network:
+        made.refuse_without("socket", 0, AF_UNIX)
+    if not truncate:
+        made.refuse(["truncate"])
+    return made.program()
+
+
+def enforce(program: bytes) -> None:
+    """For this process and all that it starts. Needs no_new_privs. :raises OSError: the kernel refused."""
+    instructions = ctypes.create_string_buffer(program)
+    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(instructions))
+    checked(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
