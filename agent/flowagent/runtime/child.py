@@ -51,6 +51,7 @@ def run(
         _detach(parent, output)
         if spec["sandbox"] == sandbox.NAMESPACE:
             _enter_namespaces(directory, prepared, limit, spec, outcome, secrets)
+        renew()
         code = _run_flow(directory, prepared, limit, spec, outcome, secrets)
     except Stopped:
         code = 128 + signal.SIGTERM
@@ -167,7 +168,6 @@ def _read_secrets(fd: int | None) -> dict[str, str]:
 def _settle(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
     """Environment, working directory, streams and import path of the flow."""
     os.umask(0o077)
-    renew()
     environment = dict(spec["env"])
     environment.update(
         HOME=directory.home,

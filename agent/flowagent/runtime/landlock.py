@@ -129,10 +129,11 @@ def rule(path: str, rights: int, abi: int = 5) -> Rule:
 def devices() -> list[str]:
     """The devices of this machine that flows may use."""
     try:
-        names = os.listdir("/dev")
+        with os.scandir("/dev") as entries:
+            found = [entry for entry in entries if not entry.is_symlink()]
     except OSError:
         return []
-    return ["/dev/" + name for name in names if name in DEVICES or name.startswith(COMPUTING)]
+    return [entry.path for entry in found if entry.name in DEVICES or entry.name.startswith(COMPUTING)]
 
 
 class Ruleset:
