@@ -98,6 +98,7 @@ class Agent:
         make_undumpable()
         self._identity.directory.mkdir(exist_ok=True)
         await self._services.sources.sweep()
+        await anyio.to_thread.run_sync(self._services.confinement.sweep)
         try:
             await patiently(lambda: self._store.announce(self.info), self.log, "announcing the agent")
             info = self.info

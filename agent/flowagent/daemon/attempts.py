@@ -229,6 +229,7 @@ class Attempt:
             "sandbox": level,
             "grants": dict(grants),
             "readable": self._services.confinement.readable(source),
+            "bytecode": self._services.confinement.bytecode(source),
             "run_directory": self.directory.path,
         }
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pwd
+import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,9 @@ from flowagent.runtime import cgroups, isolation, sandbox
 from flowagent.runtime.limits import Limits
 from flowagent.settings import Settings
 
+BYTECODE = "bytecode"
+KEPT_FOR = 30 * 86400.0
+"""Seconds."""
 ENTERED = 0o711
 """The mode of a directory that another user may enter, but not list."""
 SOURCES = ("flows", "sources")
@@ -45,6 +52,8 @@ class Confinement:
             user=_user(settings.run_as, runs),
             cgroups=tuple(sorted(cgroups.find().items())),
         )
+        self._mode = 0o700 if self.rules.user is None else ENTERED
+        self._known: set[str] = set()
         self.gaps = sandbox.gaps(self.floor, self.rules)
         """What cannot be enforced here, each in a line."""
 
@@ -77,6 +86,22 @@ class Confinement:
         real = os.path.realpath(source)
         parts = [os.path.join(self.rules.home, name) for name in SOURCES]
         return [real] if any(real.startswith(part + os.sep) for part in parts) else []
+
+    def bytecode(self, source: Path) -> str:
+        """The directory for byte code of a source: one for each, so that no run sees another's."""
+        name = hashlib.sha256(os.fsencode(source)).hexdigest()[:32]
+        directory = self._settings.home / BYTECODE / name
+        if name not in self._known:
+            directory.mkdir(mode=self._mode, parents=True, exist_ok=True)
+            self._known.add(name)
+        return str(directory)
+
+    def sweep(self) -> None:
+        """Remove byte code that has not been added to for long; what is still in use is made anew."""
+        with suppress(OSError):
+            for directory in (self._settings.home / BYTECODE).iterdir():
+                if time.time() - directory.stat().st_mtime > KEPT_FOR:
+                    shutil.rmtree(directory, ignore_errors=True)
 
     def hand_over(self, directory: str) -> None:
         """Give what is in a run directory for the flow to the user that it runs as."""
@@ -133,7 +158,7 @@ def _open_the_way(runs: Path, uid: int, groups: tuple[int, ...]) -> None:
     home = runs.parents[2]
     for directory in (
         home,
-        *(home / name for name in ("agents", "flows", "sources", "ground")),
+        *(home / name for name in ("agents", "flows", "sources", "ground", BYTECODE)),
         runs.parent,
         runs,
     ):

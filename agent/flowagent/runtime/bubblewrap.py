@@ -46,7 +46,14 @@ def arguments(rules: Rules, run: RunDirectory, spec: Mapping[str, Any]) -> list[
     for path in (*credentials.places(), *rules.denied, *rules.covered):
         found += _hide(path)
     found += ["--tmpfs", rules.home]
-    visible = [*sys.path[:1], *spec["readable"], spec["source"]["directory"], sys.prefix, sys.base_prefix]
+    visible = [
+        *sys.path[:1],
+        spec["bytecode"],
+        *spec["readable"],
+        spec["source"]["directory"],
+        sys.prefix,
+        sys.base_prefix,
+    ]
     for path in visible:
         if path and os.path.exists(path) and _lost(path, rules.home):
             found += ["--ro-bind", path, path]

@@ -19,7 +19,7 @@ from flowagent.flows.context import context, run_context
 from flowagent.flows.errors import FlowError, Stop
 from flowagent.flows.observer import Observer
 from flowagent.flows.results import LOCATION_NAMES, format_location, result_from_json, serializer_named
-from flowagent.runtime import bubblewrap, linux, loader, sandbox
+from flowagent.runtime import bubblewrap, bytecode, linux, loader, sandbox
 from flowagent.runtime.events import Emitter
 from flowagent.runtime.limits import Limits
 from flowagent.runtime.rundir import RunDirectory
@@ -104,6 +104,7 @@ def _run_flow(
     if os.getpid() != myself:
         os._exit(1)  # a process that user code forked came back up here: it speaks for nobody
     os.write(outcome, json.dumps(result).encode())
+    bytecode.leave_word(directory)
     _finish()
     return 0 if result["state"] == "completed" else 1
 
@@ -223,7 +224,7 @@ def _execute(directory: RunDirectory, spec: Mapping[str, Any], secrets: dict[str
 
 def _load_and_run(directory: RunDirectory, spec: Mapping[str, Any], emitter: Emitter) -> dict[str, Any]:
     try:
-        loaded = loader.load(spec["source"], spec["flow_name"])
+        loaded = loader.load({**spec["source"], "bytecode": spec["bytecode"]}, spec["flow_name"])
     except (FlowError, Exception) as error:
         if not isinstance(error, FlowError):
             _print_user_traceback(error)

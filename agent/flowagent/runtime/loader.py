@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from flowagent.flows.base import BaseFlow
 from flowagent.flows.errors import FlowLoadError, FlowNotFoundError
 from flowagent.flows.loading import loading
+from flowagent.runtime import bytecode
 
 
 class Loaded(NamedTuple):
@@ -33,12 +34,15 @@ def load(source: Mapping[str, Any], name: str | None) -> Loaded:
     """Load flow ``name`` from a source as the run's spec describes it.
 
     ``source``: ``kind`` script, pickle or module; ``directory``, ``path`` relative to it, ``module``,
-    ``sha256`` to insist on, ``made_with``. Exceptions of user code pass through as they are.
+    ``sha256`` to insist on, ``made_with``, ``bytecode``. Exceptions of user code pass through as they are.
 
     :raises FlowLoadError: the definition cannot be found, read or trusted, or holds no such flow."""
     kind = source["kind"]
     if kind == "script":
-        module, executed = load_script(_inside(source), source["directory"], source.get("sha256"))
+        root, kept = source["directory"], source.get("bytecode")
+        if kept is not None:
+            bytecode.use(kept, root)
+        module, executed = load_script(_inside(source), root, source.get("sha256"), kept)
         return Loaded(choose(flows_in(module), name, source["path"]), executed)
     if kind == "pickle":
         return _load_pickle(source)
@@ -48,8 +52,12 @@ def load(source: Mapping[str, Any], name: str | None) -> Loaded:
     raise FlowLoadError(f"unknown kind of source {kind!r}; is the agent older than the registration?")
 
 
-def load_script(path: str, root: str, sha256: str | None = None) -> tuple[ModuleType, str]:
-    """Execute a script as a module; the module and the sha-256 of the text that ran."""
+def load_script(
+    path: str, root: str, sha256: str | None = None, kept: str | None = None
+) -> tuple[ModuleType, str]:
+    """Execute a script as a module; the module and the sha-256 of the text that ran.
+
+    ``kept``: where byte code is, see :mod:`flowagent.runtime.bytecode`."""
     try:
         with open(path, "rb") as file:
             text = file.read()
@@ -83,7 +91,7 @@ def load_script(path: str, root: str, sha256: str | None = None) -> tuple[Module
     try:
         with loading():
             # These very bytes are what the digest speaks of, whatever is written to the file meanwhile.
-            exec(compile(text, path, "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+            exec(bytecode.compiled(text, path, kept), module.__dict__)  # noqa: S102
     except BaseException:
         sys.modules.pop(name, None)
         raise

@@ -238,7 +238,7 @@ class Sandbox:
         ruleset.add(self._readable.rules)
         ruleset.allow(run.work, every)
         ruleset.allow(run.output_path, landlock.WRITE_FILE)
-        for path in (*sys.path[:1], *spec["readable"], *grants["read"]):
+        for path in (*sys.path[:1], spec["bytecode"], *spec["readable"], *grants["read"]):
             ruleset.allow(path, landlock.READ)
         for path in grants["write"]:
             ruleset.allow(path, every | landlock.READ)

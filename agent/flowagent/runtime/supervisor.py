@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from flowagent.runtime import linux
+from flowagent.runtime import bytecode, linux
 from flowagent.runtime.cgroups import Group
 from flowagent.runtime.limits import FIRST_LOOK, Excess, Limits, Watch, excess
 from flowagent.runtime.rundir import RunDirectory, boottime
@@ -78,6 +78,8 @@ def supervise(job: Mapping[str, Any], sandbox: Sandbox, group: Group, secrets: i
         except Exception as error:
             kill_descendants(None, group)
             end = {"ended": True, "error": f"{type(error).__name__}: {error}"}
+        with suppress(OSError):
+            bytecode.keep(run)  # before the end is known: then the directory may go
         _note(status, dict(end, time=time.time()))
     finally:
         os.close(status)
