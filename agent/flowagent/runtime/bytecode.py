@@ -144,6 +144,8 @@ def _keep_one(path: str, root: str, kept: str) -> None:
     with open(real, "rb") as file:
         text = file.read()
     place = _place(text, path, kept)
+    if os.path.exists(place):
+        return
     temporary = f"{place}.{os.getpid()}"
     with open(temporary, "wb") as file:
         file.write(marshal.dumps(_compile(text, path)))
