@@ -43,6 +43,9 @@ COMPUTING = ("dri", "kfd", "nvidia", "nvhost", "accel")
 """Devices that flows may use: the harmless ones, and those that begin so: graphics cards and the like."""
 
 
+_syscall = libc.syscall  # looked up once: a flow process that does it writes to memory it shares otherwise
+
+
 def version() -> int:
     """The kernel's ABI version; 0 where there is no Landlock, or it is switched off."""
     return max(0, int(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), CREATE_RULESET_VERSION)))
@@ -50,7 +53,7 @@ def version() -> int:
 
 def handled(abi: int) -> int:
     """The file system rights that a kernel controls."""
-    return HANDLED[max(known for known in HANDLED if known <= abi)]
+    return HANDLED[5 if abi >= 5 else 3 if abi >= 3 else abi]
 
 
 class Rule:
@@ -158,9 +161,9 @@ class Ruleset:
 
     def add(self, rules: Iterable[Rule]) -> None:
         """Allow what the rules say."""
-        add, ruleset = libc.syscall, self._fd
+        ruleset = self._fd
         for each in rules:
-            if add(ADD_RULE, ruleset, RULE_PATH_BENEATH, each.packed, 0) < 0:
+            if _syscall(ADD_RULE, ruleset, RULE_PATH_BENEATH, each.packed, 0) < 0:
                 checked(-1, "Landlock, a rule")
 
     def allow(self, path: str, rights: int) -> None:

@@ -7,6 +7,7 @@ directory and the source's root on ``sys.path``, relative imports within package
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 import importlib
 import os
@@ -78,7 +79,7 @@ def load_script(
     stem = "".join(
         [letter if letter.isalnum() else "_" for letter in path[len(directory) + 1 :].split(".")[0]]
     )
-    name = f"_flow_{stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    name = f"_flow_{stem}_{binascii.crc32(path.encode()):08x}"
     if package:
         name = package + "." + name
     # Made by hand: what importlib does for this touches many pages of memory that a fork shares otherwise.
@@ -191,12 +192,26 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _inside(source: Mapping[str, Any]) -> str:
-    """The absolute path of the definition. :raises FlowLoadError: it lies outside the source."""
-    root = os.path.realpath(source["directory"])
-    path = os.path.realpath(os.path.join(root, source["path"]))
-    if os.path.isabs(source["path"]) or os.path.commonpath([root, path]) != root:
-        raise FlowLoadError("the path {!r} leaves the source".format(source["path"]))
-    return os.path.join(root, os.path.normpath(str(source["path"])))
+    """The absolute path of the definition. :raises FlowLoadError: it lies outside the source, or is missing.
+
+    Asked of the kernel, by descriptors: os.path does it with many calls, in each run."""
+    name = str(source["path"])
+    root = _real(source["directory"])
+    path = root + "/" + (name if "./" not in name and "//" not in name else os.path.normpath(name))
+    if name.startswith("/") or not _real(path).startswith(root.rstrip("/") + "/"):
+        raise FlowLoadError(f"the path {name!r} leaves the source")
+    return path
+
+
+def _real(path: str) -> str:
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise FlowLoadError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def _package_of(directory: str) -> tuple[str, str]:

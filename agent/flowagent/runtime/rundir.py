@@ -78,8 +78,12 @@ class RunDirectory:
 
     def read_spec(self) -> dict[str, Any]:
         """:raises FileNotFoundError: the agent died before it was written."""
-        with open(self.spec_path, "rb") as file:
-            spec: dict[str, Any] = json.load(file)
+        fd = os.open(self.spec_path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(fd, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+        spec: dict[str, Any] = json.loads(data.decode())
         return spec
 
     def write_lease(self, deadline: float) -> None:
