@@ -80,6 +80,10 @@ def _delegate(directory: str) -> None:
     """Hand the controllers on to the groups below, if the subtree is ours alone to arrange."""
     try:
         wanted = {MEMORY, PIDS} & set(_read(directory + "/cgroup.controllers").split())
+        if directory.endswith(".service") and not os.path.isdir(f"{directory}/{OWN_GROUP}"):
+            # Without DelegateSubgroup=, systemd starts the next agent in this very group, which the kernel
+            # refuses once memory is handed on and runs are still alive below.
+            wanted.discard(MEMORY)
         given = set(_read(directory + "/cgroup.subtree_control").split())
         if wanted <= given:
             return
