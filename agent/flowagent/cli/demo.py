@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flowagent.cli import output
-from flowagent.cli.session import Command, Session, pass_session, run_async
+from flowagent.cli.session import Command, Session, pass_session
 from flowagent.errors import FlowagentError
 
 if TYPE_CHECKING:
@@ -41,11 +41,13 @@ def demo(session: Session, who: str, keep: bool) -> int:
 
     All of it is in a temporary home, unless --home names another.
     """
+    from flowagent import store
+
     # so that the agent is stopped and the home removed also when this process is told to end
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with _home(session, keep) as (settings, environment):
         with _agent(environment, settings.home / LOG) as agent:
-            code = run_async(lambda store: _show_off(settings, store, agent, who), settings.store)
+            code = store.run(settings.store, lambda opened: _show_off(settings, opened, agent, who))
         _say("the agent has stopped")
         if keep or session.home is not None:
             _say(f"look around with: flowagent --home {settings.home} runs")
