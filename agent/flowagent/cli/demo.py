@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,11 +65,11 @@ def _home(session: Session, keep: bool) -> Iterator[tuple[Settings, dict[str, st
             name: value for name, value in environment.items() if not name.startswith("FLOWAGENT_")
         }
     try:
-        chosen = replace(session, home=temporary or session.home)
         from flowagent import settings as settings_of
 
-        config = Path(chosen.config) if chosen.config else None
-        settings = settings_of.load(config, environment, {"home": chosen.home, "store": chosen.store})
+        config = Path(session.config) if session.config else None
+        overrides = {"home": temporary or session.home, "store": session.store}
+        settings = settings_of.load(config, environment, overrides)
         environment.update(FLOWAGENT_HOME=str(settings.home), FLOWAGENT_STORE=settings.store)
         yield settings, environment
     finally:

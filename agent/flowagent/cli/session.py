@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -22,17 +20,18 @@ Job = Callable[["Store"], Coroutine[Any, Any, T]]
 """What a command does with the store."""
 
 
-@dataclass
 class Session:
     """The global options of one command."""
 
     home: str | None = None
     store: str | None = None
     config: str | None = None
-    debug: bool = False
+    debug = False
 
     def settings(self, **flags: Any) -> Settings:
         """The settings of this command; ``flags`` by field name, None for those not given."""
+        from pathlib import Path
+
         from flowagent import settings
 
         config = Path(self.config) if self.config else None
