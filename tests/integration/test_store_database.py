@@ -22,8 +22,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from store_cases import add_run, an_agent, version_of
 
+import flowagent.store.contention
 import flowagent.store.postgresql
-import flowagent.store.sqlite
 from flowagent.errors import NotFoundError, StoreError, StoreUnavailableError, UsageError
 from flowagent.models import Outcome, OutputChunk, RunRequest, State
 from flowagent.store import CANCEL, WORK, SQLStore, open_store, progress
@@ -221,7 +221,7 @@ async def test_full_disk(store: SQLStore) -> None:
 async def test_locked_by_another_process(
     store: SQLStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flowagent.store.sqlite, "PATIENCE", 0.1)
+    monkeypatch.setattr(flowagent.store.contention, "PATIENCE", 0.1)
     other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailableError, match="locked by another process"):
