@@ -166,6 +166,13 @@ def append(
     tx: Transaction, run_id: str, attempt: int, chunks: Sequence[OutputChunk], tasks: Sequence[TaskRun]
 ) -> None:
     _hold(tx, run_id, attempt)
+    _add(tx, run_id, attempt, chunks, tasks)
+    tx.ring(progress(run_id))
+
+
+def _add(
+    tx: Transaction, run_id: str, attempt: int, chunks: Sequence[OutputChunk], tasks: Sequence[TaskRun]
+) -> None:
     key = {"run_id": run_id, "attempt": attempt}
     if chunks:
         tx.execute_many(
@@ -173,7 +180,6 @@ def append(
         )
     if tasks:
         tx.execute_many(_TASK, [{**key, **_task_values(each)} for each in tasks])
-    tx.ring(progress(run_id))
 
 
 def _task_values(task: TaskRun) -> dict[str, object]:
@@ -191,10 +197,18 @@ def _task_values(task: TaskRun) -> dict[str, object]:
 # -- ending ----------------------------------------------------------------------------------------------
 
 
-def finish(tx: Transaction, run_id: str, attempt: int, outcome: Outcome) -> Run:
+def finish(
+    tx: Transaction,
+    run_id: str,
+    attempt: int,
+    outcome: Outcome,
+    chunks: Sequence[OutputChunk],
+    tasks: Sequence[TaskRun],
+) -> Run:
     if not outcome.state.terminal:
         raise StoreError(f"attempt {attempt} of run {run_id} cannot end as {outcome.state}")
     held = _hold(tx, run_id, attempt)
+    _add(tx, run_id, attempt, chunks, tasks)
     _end_attempt(tx, held, outcome)
     if outcome.state in (State.FAILED, State.CRASHED) and outcome.retryable and _may_retry(held):
         _reschedule(tx, held, outcome.reason, delay=held.retry_delay, retries=1)

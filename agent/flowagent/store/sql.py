@@ -131,8 +131,17 @@ class SQLStore:
     async def shipped(self, run_id: str, attempt: int) -> int:
         return await self.database.read(lambda tx: runs.shipped(tx, run_id, attempt))
 
-    async def finish(self, run_id: str, attempt: int, outcome: Outcome) -> Run:
-        return await self.database.write(lambda tx: attempts.finish(tx, run_id, attempt, outcome))
+    async def finish(
+        self,
+        run_id: str,
+        attempt: int,
+        outcome: Outcome,
+        chunks: Sequence[OutputChunk] = (),
+        tasks: Sequence[TaskRun] = (),
+    ) -> Run:
+        return await self.database.write(
+            lambda tx: attempts.finish(tx, run_id, attempt, outcome, chunks, tasks)
+        )
 
     async def release(self, run_id: str, attempt: int, reason: str, delay: float = 0.0) -> Run:
         return await self.database.write(lambda tx: attempts.release(tx, run_id, attempt, reason, delay))

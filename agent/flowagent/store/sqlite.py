@@ -1,6 +1,6 @@
-"""The store on SQLite: one thread that writes, in group commits, and one that reads.
+"""The store on SQLite: one connection that writes, in group commits, and one that reads, in a thread.
 
-Everything queued while a transaction was being committed goes into the next one, each operation in a
+Everything asked for while a transaction was being committed goes into the next one, each operation in a
 savepoint of its own; callers are answered after the commit. Other processes write the same file likewise.
 """
 
@@ -10,7 +10,6 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,13 +17,90 @@ import anyio
 
 from flowagent.errors import StoreError
 from flowagent.store.bells import Bells
-from flowagent.store.contention import ERRORS, PATIENCE, explain, explained, patiently
+from flowagent.store.contention import ERRORS, PATIENCE, busy, explain, explained, patiently
 from flowagent.store.database import READ_VERSION, Transaction
+from flowagent.store.groups import Executed, Groups, Operation
 from flowagent.store.protocol import Doorbell
 from flowagent.store.sqlite_file import DIALECT, SQLiteTransaction, connect, identity, prepare
-from flowagent.store.worker import Operation, Outcome, Worker
+from flowagent.store.worker import Outcome, Worker
 
 T = TypeVar("T")
+
+
+class _Writing:
+    """Implements :class:`~flowagent.store.groups.Connection`."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._connection = connection
+        self._clock = clock
+        self._bells = Bells(path.with_name(path.name + ".bells"))
+        self.listen = self._bells.listen
+        self.ring = self._bells.ring
+        self.close = connection.close
+        self.commits = 0
+
+    def begin(self, wait: bool) -> bool:
+        if wait:
+            patiently(self._begin)
+            return True
+        try:
+            self._begin()
+        except sqlite3.OperationalError as error:
+            if busy(error):
+                return False
+            raise
+        return True
+
+    def _begin(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def execute(self, operations: Sequence[Operation]) -> Executed:
+        topics: set[str] = set()
+        before = self._connection.total_changes
+        try:
+            if len(operations) == 1:
+                outcomes = [self._run(operations[0], topics)]
+            else:
+                outcomes = [self._run_apart(operation, topics) for operation in operations]
+        except BaseException:
+            self._undo()
+            raise
+        return Executed(outcomes, frozenset(topics), self._connection.total_changes != before)
+
+    def commit(self) -> None:
+        try:
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._undo()
+            raise
+        self.commits += 1
+
+    def _undo(self) -> None:
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+
+    def _run(self, operation: Operation, topics: set[str]) -> Outcome:
+        tx = SQLiteTransaction(self._connection, self._clock())
+        result = operation(tx)
+        topics |= tx.topics
+        return result, None
+
+    def _run_apart(self, operation: Operation, topics: set[str]) -> Outcome:
+        """Run an operation that undoes only its own work if it fails."""
+        self._connection.execute("SAVEPOINT operation")
+        try:
+            outcome = self._run(operation, topics)
+        except BaseException as error:
+            if not self._connection.in_transaction:
+                raise  # the disk is full or broken: SQLite has undone the whole transaction
+            self._connection.execute("ROLLBACK TO operation")
+            outcome = None, self.explained(error)
+        self._connection.execute("RELEASE operation")
+        return outcome
+
+    def explained(self, error: BaseException) -> BaseException:
+        return explained(self._path, error)
 
 
 class SQLiteDatabase:
@@ -40,14 +116,13 @@ class SQLiteDatabase:
         clock: Callable[[], float],
     ) -> None:
         self.url = url
-        self.commits = 0
         self._path = path
         self._identity = identity(path)
         self._clock = clock
-        self._bells = Bells(path.with_name(path.name + ".bells"))
-        self._writing, self._reading = connections
-        self._writer = Worker("store-writer", self._serve_writes, self._writing.close)
-        self._reader = Worker("store-reader", self._serve_reads, self._reading.close)
+        self._reading = connections[1]
+        self._writing = _Writing(path, connections[0], clock)
+        self._groups = Groups(self._writing)
+        self._reader = Worker("store-reader", self._reading.close)
 
     @classmethod
     async def open(
@@ -55,25 +130,29 @@ class SQLiteDatabase:
     ) -> SQLiteDatabase:
         """Open the file, creating or upgrading it if allowed. :raises StoreError: it cannot be used."""
 
-        def open_file() -> SQLiteDatabase:
+        def open_file() -> tuple[sqlite3.Connection, sqlite3.Connection]:
             try:
-                return cls(url, path, _connections(path, create), clock)
+                return _connections(path, create)
             except ERRORS as error:
                 raise explain(path, error) from error
 
-        return await anyio.to_thread.run_sync(open_file)
+        return cls(url, path, await anyio.to_thread.run_sync(open_file), clock)
+
+    @property
+    def commits(self) -> int:
+        return self._writing.commits
 
     async def close(self) -> None:
         await self._reader.close()
-        await self._writer.close()
+        await self._groups.close()
 
     async def write(self, operation: Callable[[Transaction], T]) -> T:
         with anyio.CancelScope(shield=True):
-            result: T = await self._writer.run(operation)
+            result: T = await self._groups.run(operation)
         return result
 
     async def read(self, operation: Callable[[Transaction], T]) -> T:
-        result: T = await self._reader.run(operation)
+        result: T = await self._reader.run(lambda: self._read(operation))
         return result
 
     async def check(self) -> None:
@@ -85,70 +164,22 @@ class SQLiteDatabase:
             raise StoreError(f"the store {self._path} was replaced by another file; restart what uses it")
 
     def doorbell(self, topics: Sequence[str]) -> AbstractAsyncContextManager[Doorbell]:
-        return self._bells.listen(topics)
+        return self._writing.listen(topics)
 
     async def ring(self, topics: Sequence[str]) -> None:
-        self._bells.ring(topics)
+        self._writing.ring(topics)
 
-    # -- in the threads ----------------------------------------------------------------------------------
-
-    def _serve_reads(self, operations: list[Operation]) -> list[Outcome]:
-        return [self._serve_read(operation) for operation in operations]
-
-    def _serve_read(self, operation: Operation) -> Outcome:
+    def _read(self, operation: Callable[[Transaction], T]) -> T:
+        """In the reader's thread."""
         try:
             self._reading.execute("BEGIN")  # all its statements see one state of the database
             try:
-                return operation(SQLiteTransaction(self._reading, self._clock())), None
+                return operation(SQLiteTransaction(self._reading, self._clock()))
             finally:
                 if self._reading.in_transaction:
                     self._reading.execute("ROLLBACK")
-        except BaseException as error:
-            return None, explained(self._path, error)
-
-    def _serve_writes(self, operations: list[Operation]) -> list[Outcome]:
-        topics: set[str] = set()
-        try:
-            outcomes = self._group_commit(operations, topics)
-        except BaseException as error:
-            return [(None, explained(self._path, error)) for _ in operations]
-        if topics:
-            self._bells.ring(topics)
-        return outcomes
-
-    def _group_commit(self, operations: list[Operation], topics: set[str]) -> list[Outcome]:
-        patiently(partial(self._writing.execute, "BEGIN IMMEDIATE"))
-        try:
-            if len(operations) == 1:
-                outcomes = [self._run(operations[0], topics)]
-            else:
-                outcomes = [self._run_apart(operation, topics) for operation in operations]
-            self._writing.execute("COMMIT")
-        except BaseException:
-            if self._writing.in_transaction:
-                self._writing.execute("ROLLBACK")
-            raise
-        self.commits += 1
-        return outcomes
-
-    def _run(self, operation: Operation, topics: set[str]) -> Outcome:
-        tx = SQLiteTransaction(self._writing, self._clock())
-        result = operation(tx)
-        topics |= tx.topics
-        return result, None
-
-    def _run_apart(self, operation: Operation, topics: set[str]) -> Outcome:
-        """Run an operation that undoes only its own work if it fails."""
-        self._writing.execute("SAVEPOINT operation")
-        try:
-            outcome = self._run(operation, topics)
-        except BaseException as error:
-            if not self._writing.in_transaction:
-                raise  # the disk is full or broken: SQLite has undone the whole transaction
-            self._writing.execute("ROLLBACK TO operation")
-            outcome = None, explained(self._path, error)
-        self._writing.execute("RELEASE operation")
-        return outcome
+        except ERRORS as error:
+            raise explain(self._path, error) from error
 
 
 def _connections(path: Path, create: bool) -> tuple[sqlite3.Connection, sqlite3.Connection]:
