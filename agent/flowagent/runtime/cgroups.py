@@ -180,6 +180,11 @@ class Group:
             with suppress(OSError):
                 _write(path, "0")
 
+    def allow_again(self) -> None:
+        """After :meth:`allow_no_more`: the supervisor itself can fork again."""
+        if self._limited is None:
+            self.limit(None, None)
+
     def has_killed(self) -> bool:
         """Whether the kernel has killed here for want of memory since this was asked before."""
         path = self._file("memory.events", MEMORY, "memory.oom_control")

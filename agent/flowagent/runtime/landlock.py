@@ -70,37 +70,42 @@ class Readable:
     Entries that appear later in a directory on the way to a denied path are found by its time of change."""
 
     def __init__(self, denied: Iterable[str]) -> None:
-        self._denied = sorted({os.path.realpath(path) for path in denied})
-        self._parents = {parent for path in self._denied for parent in _parents(path)}
-        self._times: dict[str, int] = {}
-        self.rules: list[Rule] = []
+        self._denied = {os.path.realpath(path) for path in denied}
+        # Directories on the way: what was seen of each, and the rules for the entries that are not denied.
+        self._seen = {parent: -1 for path in self._denied for parent in _parents(path)} or {"/": -1}
+        self._rules: dict[str, list[Rule]] = {}
+
+    @property
+    def rules(self) -> list[Rule]:
+        return [rule for rules in self._rules.values() for rule in rules]
+
+    def changed(self) -> bool:
+        """Whether the rules may not be what they should be any more."""
+        return any(_changed(path) != seen for path, seen in self._seen.items())
 
     def refresh(self) -> None:
-        """Look whether anything changed since the rules were made, and make them anew if so."""
-        if all(_changed(path) == seen for path, seen in self._times.items()) and self._times:
-            return
-        for rule in self.rules:
-            os.close(rule.fd)
-        self.rules = []
-        self._times = {}
-        self._expand("/")
+        """Make those rules anew that a change since they were made concerns."""
+        for directory, seen in self._seen.items():
+            if _changed(directory) != seen:
+                self._look_into(directory)
 
-    def _expand(self, directory: str) -> None:
+    def _look_into(self, directory: str) -> None:
+        for rule in self._rules.pop(directory, ()):
+            os.close(rule.fd)
         changed = _changed(directory)
         # what changed in this very tick of the clock may change again in it, unnoticed: look again next time
         settled = time.time_ns() - changed > 50_000_000
-        self._times[directory] = changed if settled else -1
+        self._seen[directory] = changed if settled else -1
+        self._rules[directory] = found = []
         try:
             names = os.listdir(directory)
         except OSError:
-            return
+            return  # not there, or a file by now
         for name in names:
-            path = os.path.join(directory, name)
-            if path in self._parents and not os.path.islink(path):
-                self._expand(path)
-            elif path not in self._denied and path != "/dev":
+            path = directory.rstrip("/") + "/" + name
+            if path not in self._denied and path not in self._seen and path != "/dev":
                 with suppress(OSError):
-                    self.rules.append(rule(path, READ))
+                    found.append(rule_for(path, READ))
 
 
 def _parents(path: str) -> Iterable[str]:
@@ -116,7 +121,7 @@ def _changed(path: str) -> int:
         return 0
 
 
-def rule(path: str, rights: int, abi: int = 5) -> Rule:
+def rule_for(path: str, rights: int, abi: int = 5) -> Rule:
     """A rule for a path; of the rights, those that its kind can have.
 
     :raises OSError: it is not there, or is a symbolic link."""
@@ -168,7 +173,7 @@ class Ruleset:
 
     def allow(self, path: str, rights: int) -> None:
         """Allow a path. :raises OSError: it is not there."""
-        made = rule(path, rights, self._abi)
+        made = rule_for(path, rights, self._abi)
         try:
             self.add([made])
         finally:
