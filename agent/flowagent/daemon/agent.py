@@ -6,6 +6,7 @@ was lost. Expiry: end what other agents lost. Stopping: drain, cancel, or leave.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
@@ -25,7 +26,7 @@ from flowagent.daemon.log import Log
 from flowagent.daemon.lookout import Lookout
 from flowagent.daemon.patience import patiently
 from flowagent.errors import FlowagentError, LeaseLostError, StoreError
-from flowagent.models import AgentInfo, FlowSpec, Held, Outcome, Run, State
+from flowagent.models import AgentInfo, Claims, FlowSpec, Held, Outcome, Run, State
 from flowagent.runners.confinement import Confinement
 from flowagent.runners.process import ProcessRunner
 from flowagent.runtime.linux import make_undumpable
@@ -106,6 +107,7 @@ class Agent:
         try:
             await patiently(lambda: self._store.announce(self.info), self.log, "announcing the agent")
             info = self.info
+            gc.freeze()  # what the start has made stays, and need not be looked at by every collection
             level = self._services.confinement.floor
             self.log.info(
                 "started", labels=list(info.labels), limit=info.limit, store=self._store.url, sandbox=level
@@ -143,14 +145,14 @@ class Agent:
                     continue
                 try:
                     taken = await self._take(free, tasks)
-                    if taken == free or (self._runs_once and taken):
+                    if len(taken) == free or (self._runs_once and taken):
                         continue
                     if self._runs_once and not taken:
                         if not self._attempts:
                             return
                         await self._wait_for_room()
                         continue
-                    pause = await self._until_next()
+                    pause = self._until(taken.next_due)
                 except StoreError as error:
                     self.log.warning("cannot claim", error=str(error))
                     pause = self._settings.poll
@@ -158,7 +160,7 @@ class Agent:
                     with anyio.CancelScope() as self._nap:
                         await bell.wait(pause)
 
-    async def _take(self, free: int, tasks: TaskGroup) -> int:
+    async def _take(self, free: int, tasks: TaskGroup) -> Claims:
         async with self._leases:
             asked = boottime()
             claims = await self._store.claim(self.info, free, self._settings.lease)
@@ -167,7 +169,7 @@ class Agent:
         for claim in claims:
             self.log.debug("claimed", run_id=claim.run.id, attempt=claim.attempt)
             tasks.start_soon(self._own, self._attempts[claim.run.id, claim.attempt], False)
-        return len(claims)
+        return claims
 
     def _hold(self, run: Run, number: int, spec: FlowSpec, asked: float) -> Attempt:
         attempt = Attempt(self._services, run, number, spec, self._deadline(asked), self._make_room)
@@ -192,10 +194,9 @@ class Agent:
         except OSError as error:
             self.log.error("cannot end an attempt", path=directory.path, error=str(error))
 
-    async def _until_next(self) -> float:
+    def _until(self, due: float | None) -> float:
         """Seconds to sleep when no doorbell rings: to the next due run, at most the jittered fallback."""
         fallback = self._settings.poll * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-        due = await self._store.next_due(self.info)
         if due is None:
             return fallback
         return max(0.01, min(fallback, due - time.time()))

@@ -14,7 +14,7 @@ from typing import Protocol
 from flowagent.models import (
     AgentInfo,
     Attempt,
-    Claim,
+    Claims,
     FlowSpec,
     FlowVersion,
     Held,
@@ -138,7 +138,7 @@ class Store(Protocol):
 
     # -- the path of an attempt; statements are few and batched -----------------------------------------
 
-    async def claim(self, agent: AgentInfo, capacity: int, lease: float) -> list[Claim]:
+    async def claim(self, agent: AgentInfo, capacity: int, lease: float) -> Claims:
         """Lease up to ``capacity`` due runs whose labels this agent carries, oldest due first.
 
         Each becomes a new pending attempt; no other claim can get it. Cost is flat in the queue length."""

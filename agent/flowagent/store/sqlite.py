@@ -1,7 +1,8 @@
 """The store on SQLite: one connection that writes, in group commits, and one that reads, in a thread.
 
-Everything asked for while a transaction was being committed goes into the next one, each operation in a
-savepoint of its own; callers are answered after the commit. Other processes write the same file likewise.
+Everything asked for while a transaction was being committed goes into the next one, in which an operation
+that fails undoes only its own work; callers are answered after the commit. Other processes write the same
+file likewise.
 """
 
 from __future__ import annotations
@@ -59,14 +60,25 @@ class _Writing:
         topics: set[str] = set()
         before = self._connection.total_changes
         try:
-            if len(operations) == 1:
-                outcomes = [self._run(operations[0], topics)]
-            else:
-                outcomes = [self._run_apart(operation, topics) for operation in operations]
+            outcomes = self._run_all(operations, topics)
         except BaseException:
             self._undo()
             raise
         return Executed(outcomes, frozenset(topics), self._connection.total_changes != before)
+
+    def _run_all(self, operations: Sequence[Operation], topics: set[str]) -> list[Outcome]:
+        if len(operations) == 1:
+            return [self._run(operations[0], topics)]
+        self._connection.execute("SAVEPOINT operations")
+        try:
+            return [self._run(operation, topics) for operation in operations]
+        except BaseException:
+            # One of them failed half-way, which is rare: again, each so that it undoes only its own work.
+            if not self._connection.in_transaction:
+                raise  # the disk is full or broken: SQLite has undone the whole transaction
+            self._connection.execute("ROLLBACK TO operations")
+            topics.clear()
+            return [self._run_apart(operation, topics) for operation in operations]
 
     def commit(self) -> None:
         try:
@@ -81,19 +93,25 @@ class _Writing:
             self._connection.execute("ROLLBACK")
 
     def _run(self, operation: Operation, topics: set[str]) -> Outcome:
+        """Raises only what leaves something to be undone."""
+        before = self._connection.total_changes
         tx = SQLiteTransaction(self._connection, self._clock())
-        result = operation(tx)
+        try:
+            result = operation(tx)
+        except BaseException as error:
+            if self._connection.total_changes != before or not self._connection.in_transaction:
+                raise
+            return None, self.explained(error)
         topics |= tx.topics
         return result, None
 
     def _run_apart(self, operation: Operation, topics: set[str]) -> Outcome:
-        """Run an operation that undoes only its own work if it fails."""
         self._connection.execute("SAVEPOINT operation")
         try:
             outcome = self._run(operation, topics)
         except BaseException as error:
             if not self._connection.in_transaction:
-                raise  # the disk is full or broken: SQLite has undone the whole transaction
+                raise
             self._connection.execute("ROLLBACK TO operation")
             outcome = None, self.explained(error)
         self._connection.execute("RELEASE operation")
