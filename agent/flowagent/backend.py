@@ -69,6 +69,9 @@ class BackendContext:
 
     home: Path
     host: str
+    writable: tuple[Path, ...] | None = None
+    """Where results may be written besides the home's ``results``; None: anywhere. An agent writes for flows,
+    and their authors say where."""
 
 
 @runtime_checkable

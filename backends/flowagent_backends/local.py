@@ -205,6 +205,7 @@ class LocalBackend:
     def _write_result(self, declared: str | None, key: str, file: Path) -> dict[str, Json]:
         base = Path(declared or self._context.home / "results").expanduser().absolute()
         *parents, name = self._parts(base, key)
+        self._check_writable(base)
         try:
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
@@ -232,6 +233,19 @@ class LocalBackend:
             "size": size,
             "sha256": sha256,
         }
+
+    def _check_writable(self, base: Path) -> None:
+        allowed = self._context.writable
+        if allowed is None:
+            return
+        real = base.resolve()
+        for top in (self._context.home / "results", *allowed):
+            if real.is_relative_to(top.resolve()):
+                return
+        raise BackendError(
+            f"Local: results are not written to {base}, which this agent does not allow; "
+            f"start it with --allow-write {base}"
+        )
 
     def _parts(self, base: Path, key: str) -> tuple[str, ...]:
         parts = PurePosixPath(key).parts

@@ -66,7 +66,7 @@ class Agent:
         self._services = Services(
             settings=settings,
             store=store,
-            backends=Backends(BackendContext(settings.home, host)),
+            backends=Backends(BackendContext(settings.home, host, settings.allow_write)),
             sources=SourceCache(settings.sources_dir),
             runner=ProcessRunner(
                 self._identity.directory, settings.home / "ground", confinement.rules, settings.preload

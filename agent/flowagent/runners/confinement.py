@@ -6,6 +6,7 @@ import hashlib
 import os
 import pwd
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import Any
 
 from flowagent.errors import SandboxError, SettingsError
 from flowagent.flows.errors import FlowError
-from flowagent.runtime import cgroups, isolation, sandbox
+from flowagent.runtime import cgroups, credentials, isolation, sandbox
 from flowagent.runtime.limits import Limits
 from flowagent.settings import Settings
 
@@ -48,7 +49,7 @@ class Confinement:
             denied=_denied(settings),
             read=tuple(os.path.realpath(path) for path in settings.allow_read),
             write=tuple(os.path.realpath(path) for path in settings.allow_write),
-            covered=tuple(isolation.covered(os.environ)),
+            covered=(*isolation.covered(os.environ), *_sockets(settings, runs)),
             user=_user(settings.run_as, runs),
             cgroups=tuple(sorted(cgroups.find().items())),
         )
@@ -103,13 +104,21 @@ class Confinement:
                 if time.time() - directory.stat().st_mtime > KEPT_FOR:
                     shutil.rmtree(directory, ignore_errors=True)
 
+    def of_authors(self, source: Path) -> list[str]:
+        """Where what authors of flows have put must not be executed outside of the sandbox: their source;
+        unless that is a script right in the home of the agent's user or above, where all else is, too."""
+        real = os.path.realpath(source)
+        mine = (credentials.home(), sys.prefix)
+        return [] if any(os.path.commonpath([real, path]) == real for path in mine) else [str(source), real]
+
     def hand_over(self, directory: str) -> None:
         """Give what is in a run directory for the flow to the user that it runs as."""
         if self.rules.user is not None:
             uid, gid, _ = self.rules.user
             os.chmod(directory, ENTERED)
-            for path, _, _ in os.walk(os.path.join(directory, "work")):
-                os.chown(path, uid, gid)
+            # Lowest first: another flow of that user must not put a link where the next one is given away.
+            for path, _, _ in os.walk(os.path.join(directory, "work"), topdown=False):
+                os.chown(path, uid, gid, follow_symlinks=False)
 
 
 def _check_grant(kind: str, path: Path, home: Path) -> None:
@@ -126,12 +135,25 @@ def _check_grant(kind: str, path: Path, home: Path) -> None:
 def _denied(settings: Settings) -> tuple[str, ...]:
     """Files of the agent that are outside of its home."""
     found = [os.environ[name] for name in ("CREDENTIALS_DIRECTORY",) if name in os.environ]
+    if settings.run_as is not None:  # then there are two users whose homes hold credentials
+        names = [settings.run_as, pwd.getpwuid(os.getuid()).pw_name]
+        for home in [os.path.expanduser("~" + name) for name in names]:
+            found += [os.path.join(home, name) for name in credentials.OF_USERS]
     if settings.config is not None:
         found.append(str(settings.config))
     if settings.store.startswith("sqlite:"):
         path = settings.store[len("sqlite:///") :]
         found += [path + suffix for suffix in ("", "-wal", "-shm", "-journal", ".bells")]
     return tuple(os.path.realpath(path) for path in found)
+
+
+def _sockets(settings: Settings, runs: Path) -> list[str]:
+    """Where the agent and its launchers listen. They know friends from strangers; still, nothing of a flow's
+    is there."""
+    found = [os.path.realpath(runs.parent / "launchers")]
+    if settings.store.startswith("sqlite:"):
+        found.append(os.path.realpath(settings.store[len("sqlite:///") :] + ".bells"))
+    return found
 
 
 def _user(name: str | None, runs: Path) -> tuple[int, int, tuple[int, ...]] | None:

@@ -17,7 +17,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ GREETING_TIMEOUT = 5.0
 
 LOOK_EVERY = 0.1
 """Seconds between looks at an attempt that an agent before this one has started."""
+MOST_LINKS = 40
+"""Symbolic links on the way to an interpreter, as the kernel has it."""
 IDLE = 300.0
 """Seconds after which a launcher that is not the agent's own is let go."""
 
@@ -265,7 +267,7 @@ class _Launcher:
             status = os.stat(path)
         except OSError as error:
             raise LauncherError(f"cannot use the interpreter {self.interpreter}: {error.strerror}") from None
-        _check_owner(path, self.rules.home)
+        check_interpreter(path, (self.rules.home, *self.rules.write))
         identity = (
             self.ground.name,
             self.interpreter,
@@ -387,26 +389,55 @@ class _Launcher:
             self._connection = None
 
 
-def _check_owner(path: str, home: str) -> None:
+def check_interpreter(interpreter: str, closed: Sequence[str]) -> None:
     """An interpreter is executed outside of any sandbox, and flows name it: it has to be one that nobody but
-    root and this user can have put there, and no file of a flow's source.
+    root and this user can have put there, and not be where flows or their sources are (``closed``).
+
+    Every name on the way counts, not only where the links lead: a virtual environment is its directory.
 
     :raises LauncherError: it is not."""
-    real = os.path.realpath(path)
-    if os.path.commonpath([real, home]) == home:
-        raise LauncherError(f"the interpreter {path} is in the agent's own home; install it elsewhere")
-    place = real
-    while True:
-        status = os.stat(place)
-        others = status.st_mode & 0o022 and not (place != real and status.st_mode & stat.S_ISVTX)
+    path = shutil.which(interpreter) or interpreter
+    for place in _way(path):
+        for top in closed:
+            if os.path.commonpath([place, top]) == top:
+                raise LauncherError(
+                    f"the interpreter {path} is refused: {top} is open to flows or holds their sources; "
+                    "install it elsewhere"
+                )
+        status = os.lstat(place)
+        link, directory = stat.S_ISLNK(status.st_mode), stat.S_ISDIR(status.st_mode)
+        others = not link and status.st_mode & 0o022 and not (directory and status.st_mode & stat.S_ISVTX)
         if status.st_uid not in (0, os.getuid()) or others:
             raise LauncherError(
                 f"the interpreter {path} is refused: others than root and the agent's user may change "
                 f"{place}; take that right away: chmod go-w {place}"
             )
-        if place == "/":
-            return
-        place = os.path.dirname(place)
+
+
+def _way(path: str) -> Iterator[str]:
+    """All that is looked at when a path is opened: directories, links, and what they lead to."""
+    place, links = "/", 0
+    names = os.path.abspath(path).split("/")[::-1]
+    yield place
+    while names:
+        name = names.pop()
+        if name in ("", "."):
+            continue
+        if name == "..":
+            place = os.path.dirname(place)
+            continue
+        here = os.path.join(place, name)
+        yield here
+        if not os.path.islink(here):
+            place = here
+            continue
+        links += 1
+        if links > MOST_LINKS:
+            raise LauncherError(f"the interpreter {path} is refused: too many symbolic links")
+        target = os.readlink(here)
+        names += target.split("/")[::-1]
+        if target.startswith("/"):
+            place = "/"
 
 
 async def _send(connection: socket.socket, message: Mapping[str, Any], fds: list[int] | None = None) -> None:

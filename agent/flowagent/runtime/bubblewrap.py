@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from flowagent.runtime import credentials, landlock
+from flowagent.runtime.isolation import SHARED_MEMORY
 from flowagent.runtime.rundir import RunDirectory
 from flowagent.runtime.sandbox import Rules
 
@@ -21,7 +22,12 @@ PRIVATE_TMP = "/tmp"  # noqa: S108
 
 
 def execute(
-    rules: Rules, run: RunDirectory, spec: Mapping[str, Any], program: Sequence[str], fds: Sequence[int]
+    rules: Rules,
+    run: RunDirectory,
+    spec: Mapping[str, Any],
+    memory: int | None,
+    program: Sequence[str],
+    fds: Sequence[int],
 ) -> NoReturn:
     """Replace this process by bubblewrap, and that by ``program``. Descriptors ``fds`` stay open.
 
@@ -30,36 +36,33 @@ def execute(
     for fd in fds:
         os.set_inheritable(fd, True)
     # Nothing of the flow's environment here: bubblewrap itself is not in the sandbox yet.
-    os.execve(bwrap, [bwrap, *arguments(rules, run, spec), "--", *program], {"LANG": "C.UTF-8"})  # noqa: S606
+    os.execve(bwrap, [bwrap, *arguments(rules, run, spec, memory), "--", *program], {"LANG": "C.UTF-8"})  # noqa: S606
 
 
-def arguments(rules: Rules, run: RunDirectory, spec: Mapping[str, Any]) -> list[str]:
-    """The options; their order is that of the mounts."""
+def arguments(rules: Rules, run: RunDirectory, spec: Mapping[str, Any], memory: int | None) -> list[str]:
+    """The options; their order is that of the mounts. ``memory``: the most bytes of files in memory."""
     grants = spec["grants"]
     found = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", "flow", "--die-with-parent"]
     if grants["network"] is False:
         found.append("--unshare-net")
-    found += ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", PRIVATE_TMP]
+    found += ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+    for path in (PRIVATE_TMP, SHARED_MEMORY):
+        found += [*(["--size", str(memory)] if memory is not None else []), "--tmpfs", path]
     for device in landlock.devices():
         if os.path.basename(device).startswith(landlock.COMPUTING):
             found += ["--dev-bind", device, device]
     for path in (*credentials.places(), *rules.denied, *rules.covered):
         found += _hide(path)
     found += ["--tmpfs", rules.home]
-    visible = [
-        *sys.path[:1],
-        spec["bytecode"],
-        *spec["readable"],
-        spec["source"]["directory"],
-        sys.prefix,
-        sys.base_prefix,
-    ]
-    for path in visible:
-        if path and os.path.exists(path) and _lost(path, rules.home):
+    for path in (*sys.path[:1], spec["bytecode"], *spec["readable"]):
+        found += ["--ro-bind", path, path]
+    # A source is anywhere; but in the home, which its author does not choose to read, as confinement says.
+    for path in (spec["source"]["directory"], sys.prefix, sys.base_prefix):
+        if path and os.path.exists(path) and _below(path, PRIVATE_TMP) and not _below(path, rules.home):
             found += ["--ro-bind", path, path]
     for path in grants["read"]:
         found += ["--ro-bind", path, path]
-    for path in (run.work, *grants["write"]):
+    for path in (run.work, run.output_path, *grants["write"]):
         found += ["--bind", path, path]
     return [*found, "--chdir", run.work]
 
@@ -71,6 +74,5 @@ def _hide(path: str) -> list[str]:
     return ["--tmpfs", real] if os.path.isdir(real) else ["--ro-bind", EMPTY, real]
 
 
-def _lost(path: str, home: str) -> bool:
-    """Whether a path lies below one that is empty inside."""
-    return any(os.path.commonpath([path, top]) == top for top in (PRIVATE_TMP, home))
+def _below(path: str, top: str) -> bool:
+    return os.path.commonpath([path, top]) == top

@@ -168,7 +168,7 @@ def _enter_namespaces(
     program = [sys.executable, sys.argv[0], "--flow", *inside]
     kept = [fd for fd in (spec_fd, outcome, secrets) if fd is not None]
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # bubblewrap must not end before the flow has heard it
-    bubblewrap.execute(prepared.rules, directory, spec, program, kept)
+    bubblewrap.execute(prepared.rules, directory, spec, limit.memory, program, kept)
 
 
 def prepare_signals() -> None:

@@ -9,12 +9,13 @@ namespace.
 
 from __future__ import annotations
 
+import glob
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
-from flowagent.runtime import linux
+from flowagent.runtime import credentials, linux
 
 SOCKETS = (
     "/run/docker.sock",
@@ -26,20 +27,34 @@ SOCKETS = (
     "/run/lxd.socket",
     "/run/libvirt",
     "/run/dbus/system_bus_socket",
+    "/run/docker",
+    "/run/cri-dockerd.sock",
+    "/run/incus",
+    "/run/supervisor.sock",
+    "/run/screen",
     "/run/systemd/private",
+    "/run/systemd/notify",
     "/run/systemd/io.system.ManagedOOM",
     "/run/user",
+    "/tmp/.X11-unix",  # noqa: S108
+    "/var/lib/incus",
     "/var/lib/lxd",
     "/var/snap/lxd",
 )
 """Where services listen that do what they are asked for by this user, outside of any sandbox."""
-SHARED_MEMORY = "/dev/shm"  # noqa: S108
+OF_USERS = (".ssh", ".gnupg", ".docker/run", ".docker/desktop")
+"""The same below the home of the agent's user: connections that ssh keeps open, agents, engines."""
+TEMPORARY = ("/tmp/tmux-{uid}", "/tmp/ssh-*")  # noqa: S108
+"""The same, by pattern: terminals that can be typed into, and ssh's agents."""
+SHARED_MEMORY, TERMINALS = "/dev/shm", "/dev/pts"  # noqa: S108
 
 
 def covered(environ: dict[str, str] | os._Environ[str]) -> list[str]:
-    """Paths that flows must not reach on this machine: those of SOCKETS, and the ssh and GPG agents' ones."""
-    found = list(SOCKETS)
-    for name in ("SSH_AUTH_SOCK", "DBUS_SESSION_BUS_ADDRESS", "DOCKER_HOST"):
+    """Paths that flows must not reach on this machine: those of SOCKETS, and such as are there now."""
+    found = [*SOCKETS, *(os.path.join(credentials.home(), name) for name in OF_USERS)]
+    for pattern in TEMPORARY:
+        found += glob.glob(pattern.format(uid=os.getuid()))
+    for name in ("SSH_AUTH_SOCK", "DBUS_SESSION_BUS_ADDRESS", "DOCKER_HOST", "NOTIFY_SOCKET"):
         value = environ.get(name, "")
         path = value.partition("path=")[2].partition(",")[0] if "path=" in value else value
         path = path[len("unix://") :] if path.startswith("unix://") else path
@@ -48,9 +63,12 @@ def covered(environ: dict[str, str] | os._Environ[str]) -> list[str]:
     return sorted({os.path.realpath(path) for path in found})
 
 
-def isolate(directory: str, writable: Sequence[str], covered: Iterable[str]) -> None:
+def isolate(
+    directory: str, writable: Sequence[str], covered: Iterable[str], memory: int | None = None
+) -> None:
     """Have mounts and IPC of this process' own: all read-only but ``directory``, ``writable`` and a new,
-    empty ``/dev/shm``; with nothing behind the paths ``covered``.
+    empty ``/dev/shm`` of at most ``memory`` bytes; with terminals of its own, and with nothing behind the
+    paths ``covered``.
 
     :raises OSError: the kernel or its configuration does not allow it."""
     uid, gid = os.geteuid(), os.getegid()
@@ -81,8 +99,11 @@ def isolate(directory: str, writable: Sequence[str], covered: Iterable[str]) -> 
     linux.set_read_only("/", True)
     for path in kept:
         linux.set_read_only(path, False)
+    size = "" if memory is None else f",size={memory}"
     with suppress(FileNotFoundError):
-        linux.mount("shm", SHARED_MEMORY, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=1777")
+        linux.mount("shm", SHARED_MEMORY, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=1777" + size)
+    with suppress(FileNotFoundError):
+        linux.mount("pts", TERMINALS, "devpts", linux.MS_NOSUID, "newinstance,ptmxmode=666,mode=600")
 
 
 def possible(directory: str) -> str | None:

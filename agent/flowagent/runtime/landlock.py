@@ -38,7 +38,7 @@ HANDLED = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 
 """File system rights by the version that brought the last of them."""
 PORTS_SINCE, SCOPES_SINCE, TRUNCATE_SINCE = 4, 6, 3
 
-DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts")
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx")
 COMPUTING = ("dri", "kfd", "nvidia", "nvhost", "accel")
 """Devices that flows may use: the harmless ones, and those that begin so: graphics cards and the like."""
 
@@ -70,7 +70,9 @@ class Readable:
     Entries that appear later in a directory on the way to a denied path are found by its time of change."""
 
     def __init__(self, denied: Iterable[str]) -> None:
-        self._denied = {os.path.realpath(path) for path in denied}
+        paths = {os.path.realpath(path) for path in denied}
+        # What lies below another denied path is no reason to open that one for the sake of its other entries.
+        self._denied = {path for path in paths if not any(parent in paths for parent in _parents(path))}
         # Directories on the way: what was seen of each, and the rules for the entries that are not denied.
         self._seen = {parent: -1 for path in self._denied for parent in _parents(path)} or {"/": -1}
         self._rules: dict[str, list[Rule]] = {}

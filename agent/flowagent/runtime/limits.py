@@ -176,6 +176,8 @@ def _used(directory: str, enough: int) -> int:
                     total += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
+        except PermissionError:
+            return enough + 1  # closed, so that it cannot be measured
         except OSError:
             continue
     return total

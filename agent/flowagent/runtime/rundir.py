@@ -26,6 +26,7 @@ import os
 import stat
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +257,8 @@ def _remove_tree(path: str) -> None:
     pending = [path]
     while pending:
         directory = pending.pop()
-        with contextlib.suppress(OSError):
-            os.chmod(directory, 0o700)
-            with os.scandir(directory) as listing:
+        with contextlib.suppress(OSError), _opened(directory) as here:
+            with os.scandir(here) as listing:
                 entries = list(listing)
             for entry in entries:
                 with contextlib.suppress(OSError):
@@ -267,13 +267,27 @@ def _remove_tree(path: str) -> None:
                         continue
                     moved += 1
                     higher = f"{path}/.removed-{moved}"
-                    os.chmod(entry.path, 0o700)
-                    os.rename(entry.path, higher)
+                    with _opened(entry.path):  # its ".." changes with the move: it has to be writable
+                        os.rename(entry.path, higher)
                     pending.append(higher)
             if directory != path:
                 os.rmdir(directory)
     with contextlib.suppress(OSError):
         os.rmdir(path)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[str]:
+    """A name for this very directory, whatever is put in its place meanwhile, made writable.
+
+    :raises OSError: it is none, or a link to one."""
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        here = f"/proc/self/fd/{fd}"
+        os.chmod(here, 0o700)
+        yield here
+    finally:
+        os.close(fd)
 
 
 def _write_atomically(path: str, data: bytes) -> None:

@@ -201,18 +201,22 @@ class Sandbox:
         if level != NAMESPACE:  # there it was done before
             self._limit(limit)
         if isolated:
-            covered = [path for path in self.rules.covered if path not in grants["write"]]
-            isolation.isolate(run.work, grants["write"], covered)
+            granted = (*grants["read"], *grants["write"])
+            covered = [path for path in self.rules.covered if not _opened(path, granted)]
+            isolation.isolate(run.work, grants["write"], covered, limit.memory)
         if level != NAMESPACE:
             self._change_user()
         if level != PROCESS:
             linux.drop_capabilities()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         if level != PROCESS and self.abi:
-            self._restrict(run, spec)
+            self._restrict(run, spec, isolated or level == NAMESPACE)
         if self._filters:
-            own_ipc = isolated or level != LANDLOCK
-            seccomp.enforce(self._filters[level != PROCESS, own_ipc, grants["network"] is not False])
+            own_ipc = isolated or level == NAMESPACE
+            network = seccomp.OFFLINE if not grants["network"] else seccomp.ONLINE
+            if type(grants["network"]) is dict:
+                network = seccomp.PORTS
+            seccomp.enforce(self._filters[level != PROCESS, own_ipc, network])
 
     def confine_outside(self, limit: limits.Limits) -> None:
         """What has to be done before a process enters namespaces in which it will :meth:`confine` itself."""
@@ -220,12 +224,12 @@ class Sandbox:
         self._change_user()
 
     def _limit(self, limit: limits.Limits) -> None:
+        # Forked from one that is not dumpable; that would hide this process' own /proc entries from itself.
+        linux.prctl(linux.PR_SET_DUMPABLE, 1)
         score = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
         os.write(score, b"%d" % OOM_SCORE_ADJ)
         os.close(score)
         limits.apply(limit, memory=not self._accounts)
-        # Forked from one that is not dumpable; that would hide this process' own /proc entries from itself.
-        linux.prctl(linux.PR_SET_DUMPABLE, 1)
 
     def _change_user(self) -> None:
         if self.rules.user is None:
@@ -241,7 +245,7 @@ class Sandbox:
         if os.getppid() != supervisor:
             os._exit(1)
 
-    def _restrict(self, run: RunDirectory, spec: Mapping[str, Any]) -> None:
+    def _restrict(self, run: RunDirectory, spec: Mapping[str, Any], own_terminals: bool) -> None:
         grants = spec["grants"]
         network = grants["network"]
         ruleset = self._ruleset
@@ -257,6 +261,9 @@ class Sandbox:
             ruleset.allow(path, every | landlock.READ)
         with suppress(OSError):  # not every machine has it
             ruleset.allow(isolation.SHARED_MEMORY, every)
+        if own_terminals:  # elsewhere they are those at which people type
+            with suppress(OSError):
+                ruleset.allow(isolation.TERMINALS, WRITE_DEVICE)
         ruleset.enforce()
 
 
@@ -284,6 +291,11 @@ def grant(rules: Rules, asked: Mapping[str, Any]) -> dict[str, Any]:
                 raise FlowError(f"the flow asks to {kind} {path}, which is not there")
         given[kind] = list(wanted)
     return given
+
+
+def _opened(path: str, granted: Sequence[str]) -> bool:
+    """Whether a path, or something below it, was granted."""
+    return any(each == path or each.startswith(path + "/") for each in granted)
 
 
 def _hidden(rules: Rules, path: str) -> bool:

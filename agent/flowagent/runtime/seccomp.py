@@ -28,22 +28,30 @@ NUMBERS = {
     "x86_64": {
         "ioctl": 16, "shmget": 29, "socket": 41, "semget": 64, "msgget": 68, "truncate": 76, "add_key": 248,
         "request_key": 249, "keyctl": 250, "perf_event_open": 298, "prlimit64": 302, "bpf": 321,
-        "userfaultfd": 323, "io_uring_setup": 425,
+        "userfaultfd": 323, "io_uring_setup": 425, "mq_open": 240, "setpriority": 141, "ioprio_set": 251,
+        "sched_setparam": 142, "sched_setscheduler": 144, "sched_setaffinity": 203, "sched_setattr": 314,
     },
     "aarch64": {
         "ioctl": 29, "truncate": 45, "msgget": 186, "semget": 190, "shmget": 194, "socket": 198,
         "add_key": 217, "request_key": 218, "keyctl": 219, "perf_event_open": 241, "prlimit64": 261,
-        "bpf": 280, "userfaultfd": 282, "io_uring_setup": 425,
+        "bpf": 280, "userfaultfd": 282, "io_uring_setup": 425, "mq_open": 180, "setpriority": 140,
+        "ioprio_set": 30, "sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122,
+        "sched_setattr": 274,
     },
 }  # fmt: skip
 
 ALWAYS = ("add_key", "request_key", "keyctl", "perf_event_open", "bpf", "userfaultfd", "io_uring_setup")
 """Never of use in a flow: shared keyrings, spying, and calls that other filters do not see."""
-SYSTEM_V = ("shmget", "semget", "msgget")
+LASTING = ("shmget", "semget", "msgget", "mq_open")
 """Objects that outlive their processes; refused where a run has no IPC namespace of its own."""
 TERMINAL = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX: type into a terminal, paste its selection."""
-AF_UNIX = 1
+SCHEDULING = ("sched_setparam", "sched_setscheduler", "sched_setaffinity", "sched_setattr")
+"""With a pid first; 0 is the caller. Landlock lets a flow starve its own agent by them."""
+PRIO_USER, IOPRIO_WHO_USER = 2, 3
+AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
+NO_PORTS = (33, 132, 256, 262)
+"""Protocols that connect past Landlock's rules about TCP ports: DCCP, SCTP, SMC and multipath TCP."""
 
 
 def available() -> bool:
@@ -81,16 +89,21 @@ class Filter:
             body += [(JUMP_EQUAL, 0, 1, value), (RETURN, 0, 0, RET_ERRNO | errno.EPERM)]
         self._when(name, [(LOAD, 0, 0, ARGUMENTS + 8 * argument), *body])
 
-    def refuse_without(self, name: str, argument: int, value: int) -> None:
-        """Unless the argument is ``value``."""
+    def refuse_without(self, name: str, argument: int, *values: int) -> None:
+        """Unless the argument (its lower half) is one of ``values``."""
+        body = [(JUMP_EQUAL, len(values) - number, 0, value) for number, value in enumerate(values)]
         self._when(
             name,
-            [
-                (LOAD, 0, 0, ARGUMENTS + 8 * argument),
-                (JUMP_EQUAL, 1, 0, value),
-                (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
-            ],
+            [(LOAD, 0, 0, ARGUMENTS + 8 * argument), *body, (RETURN, 0, 0, RET_ERRNO | errno.EPERM)],
         )
+
+    def refuse_scheduling_of_others(self) -> None:
+        """Priorities and CPUs of any process but the caller, and of all processes of its user."""
+        for name in SCHEDULING:
+            self.refuse_without(name, 0, 0)
+        for name, user in (("setpriority", PRIO_USER), ("ioprio_set", IOPRIO_WHO_USER)):
+            self.refuse_with(name, 0, [user])
+            self.refuse_without(name, 1, 0)
 
     def refuse_limits_of_others(self) -> None:
         """prlimit(pid, ..., new limit, ...) with a pid other than 0."""
@@ -116,26 +129,34 @@ class Filter:
         return b"".join(struct.pack("=HBBI", *each) for each in [*self._program, (RETURN, 0, 0, RET_ALLOW)])
 
 
-def programs(truncate: bool) -> dict[tuple[bool, bool, bool], bytes]:
-    """The filters of flow processes, by: is it confined by Landlock, has it an IPC namespace of its own, may
-    it use the network. ``truncate``: Landlock sees truncate(2)."""
+OFFLINE, PORTS, ONLINE = "offline", "ports", "online"
+"""How much of the network a flow may use: none, some TCP ports by Landlock's rules, all."""
+
+
+def programs(truncate: bool) -> dict[tuple[bool, bool, str], bytes]:
+    """The filters of flow processes, by: is it confined by Landlock, has it an IPC namespace of its own, how
+    much of the network may it use. ``truncate``: Landlock sees truncate(2)."""
     return {
         (confined, own_ipc, network): _program(own_ipc, network, truncate or not confined)
         for confined in (False, True)
         for own_ipc in (False, True)
-        for network in (False, True)
+        for network in (OFFLINE, PORTS, ONLINE)
     }
 
 
-def _program(own_ipc: bool, network: bool, truncate: bool) -> bytes:
+def _program(own_ipc: bool, network: str, truncate: bool) -> bytes:
     made = Filter()
     made.refuse(ALWAYS)
     made.refuse_with("ioctl", 1, TERMINAL)
     made.refuse_limits_of_others()
+    made.refuse_scheduling_of_others()
     if not own_ipc:
-        made.refuse(SYSTEM_V)
-    if not network:
+        made.refuse(LASTING)
+    if network == OFFLINE:
         made.refuse_without("socket", 0, AF_UNIX)
+    elif network == PORTS:
+        made.refuse_without("socket", 0, AF_UNIX, AF_INET, AF_INET6, AF_NETLINK)
+        made.refuse_with("socket", 2, NO_PORTS)
     if not truncate:
         made.refuse(["truncate"])
     return made.program()
