@@ -146,7 +146,7 @@ def test_interpreters_that_anybody_could_have_put_there_are_refused(site: Site) 
         site.command("register", site.write(f"{name}.py", text.format(name=name, python=str(python))))
     site.start()
     assert "ran" in site.watch("good")
-    assert "is in the agent's own home" in site.wait_for(site.submit("home"))["reason"]
+    assert "is open to flows or holds their sources" in site.wait_for(site.submit("home"))["reason"]
     reason = site.wait_for(site.submit("others"))["reason"]
     assert f"may change {open_place}" in reason and "chmod go-w" in reason
 

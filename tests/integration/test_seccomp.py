@@ -36,7 +36,7 @@ def tries() -> dict[str, int | None]:
     }
 
 
-def under(own_ipc: bool, network: bool) -> dict[str, int | None]:
+def under(own_ipc: bool, network: str) -> dict[str, int | None]:
     def work() -> dict[str, int | None]:
         linux.unshare(linux.CLONE_NEWIPC)  # the objects go with this process
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
@@ -53,12 +53,12 @@ ALWAYS = {"another's limits", "typing into a terminal", "keyrings", "io_uring"}
 @pytest.mark.parametrize(
     ("own_ipc", "network", "more"),
     [
-        (True, True, set()),
-        (False, True, {"shared memory"}),
-        (True, False, {"internet", "datagrams", "netlink"}),
+        (True, seccomp.ONLINE, set()),
+        (False, seccomp.ONLINE, {"shared memory"}),
+        (True, seccomp.OFFLINE, {"internet", "datagrams", "netlink"}),
     ],
 )
-def test_what_is_refused(own_ipc: bool, network: bool, more: set[str]) -> None:
+def test_what_is_refused(own_ipc: bool, network: str, more: set[str]) -> None:
     found = under(own_ipc, network)
     assert {name for name, code in found.items() if code is not None} == ALWAYS | more
     assert {code for code in found.values() if code is not None} == {errno.EPERM}
@@ -71,7 +71,7 @@ def test_truncate_is_refused_where_landlock_does_not_see_it(tmp_path: os.PathLik
 
     def work() -> int | None:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-        seccomp.enforce(seccomp.programs(False)[True, True, True])
+        seccomp.enforce(seccomp.programs(False)[True, True, seccomp.ONLINE])
         return refused(lambda: os.truncate(path, 0))
 
     assert forked(work) == errno.EPERM
@@ -83,7 +83,7 @@ def test_calls_of_another_architecture_are_refused() -> None:
 
     def work() -> int:
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
-        seccomp.enforce(seccomp.programs(True)[True, True, True])
+        seccomp.enforce(seccomp.programs(True)[True, True, seccomp.ONLINE])
         ctypes.set_errno(0)
         linux.libc.syscall(0x40000000 + 39)  # getpid of the x32 ABI
         return ctypes.get_errno()

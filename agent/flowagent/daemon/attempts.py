@@ -26,7 +26,7 @@ from flowagent.errors import (
 from flowagent.models import FlowSpec, Held, Json, Outcome, OutputChunk, Run, State, TaskRun
 from flowagent.redaction import Redactor
 from flowagent.runners.confinement import Confinement
-from flowagent.runners.process import ProcessRunner, check_interpreter
+from flowagent.runners.process import ProcessRunner
 from flowagent.runtime.rundir import RunDirectory
 from flowagent.secrets import SecretProvider
 from flowagent.settings import Settings
@@ -175,18 +175,15 @@ class Attempt:
     async def _start(self) -> int:
         services = self._services
         config = self._spec.run_config
-        interpreter = config.get("python")
         level = services.confinement.level(config)
         grants = services.confinement.grants(config)
         values = services.secrets.get_many(self._spec.secrets)
         backend = services.backends.get(self._spec.storage["type"])
         revision = await backend.resolve(self._spec.storage)
         with await services.sources.hold(backend, self._spec.storage, revision) as source:
-            if interpreter is not None:
-                check_interpreter(interpreter, services.confinement.of_authors(source.directory))
             self._plan = self._planned(backend, revision, source.directory, level, grants)
             self.directory.create(self._plan, self._deadline)
-            services.confinement.hand_over(self.directory.path)
+            services.confinement.hand_over(self.directory.path, source.directory)
             state = await patiently(
                 lambda: services.store.started(self.run_id, self.number, revision.id, level),
                 self._log,
@@ -202,7 +199,7 @@ class Attempt:
                     level=level,
                     limits=services.confinement.limits_of(config),
                     grace=services.settings.grace,
-                    interpreter=interpreter,
+                    interpreter=config.get("python"),
                     preload=config.get("preload") or (),
                     values=values,
                     lease_fd=source.lease,

@@ -6,7 +6,6 @@ import hashlib
 import os
 import pwd
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -104,16 +103,12 @@ class Confinement:
                 if time.time() - directory.stat().st_mtime > KEPT_FOR:
                     shutil.rmtree(directory, ignore_errors=True)
 
-    def of_authors(self, source: Path) -> list[str]:
-        """Where what authors of flows have put must not be executed outside of the sandbox: their source;
-        unless that is a script right in the home of the agent's user or above, where all else is, too."""
-        real = os.path.realpath(source)
-        mine = (credentials.home(), sys.prefix)
-        return [] if any(os.path.commonpath([real, path]) == real for path in mine) else [str(source), real]
-
-    def hand_over(self, directory: str) -> None:
-        """Give what is in a run directory for the flow to the user that it runs as."""
+    def hand_over(self, directory: str, source: Path) -> None:
+        """Give what is in a run directory for the flow to the user that it runs as, and let that user come to
+        a source in the cache."""
         if self.rules.user is not None:
+            if self.readable(source):
+                os.chmod(source.parent, ENTERED)
             uid, gid, _ = self.rules.user
             os.chmod(directory, ENTERED)
             # Lowest first: another flow of that user must not put a link where the next one is given away.
@@ -178,14 +173,10 @@ def _user(name: str | None, runs: Path) -> tuple[int, int, tuple[int, ...]] | No
 def _open_the_way(runs: Path, uid: int, groups: tuple[int, ...]) -> None:
     """See to it that a user can enter the directories above the run directories, without listing them."""
     home = runs.parents[2]
-    for directory in (
-        home,
-        *(home / name for name in ("agents", "flows", "sources", "ground", BYTECODE)),
-        runs.parent,
-        runs,
-    ):
-        if directory.is_dir():
-            directory.chmod(directory.stat().st_mode | 0o011)
+    parts = [home / name for name in ("agents", "flows", "sources", "ground", BYTECODE)]
+    for directory in (home, *parts, runs.parent, runs):
+        directory.mkdir(mode=0o700, exist_ok=True)  # whoever would make it later would close it
+        directory.chmod(directory.stat().st_mode | 0o011)
     for directory in home.parents:
         status = directory.stat()
         bit = 0o100 if status.st_uid == uid else 0o010 if status.st_gid in groups else 0o001

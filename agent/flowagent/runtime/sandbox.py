@@ -210,7 +210,7 @@ class Sandbox:
             linux.drop_capabilities()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         if level != PROCESS and self.abi:
-            self._restrict(run, spec, isolated or level == NAMESPACE)
+            self._restrict(run, spec, isolated, level == NAMESPACE)
         if self._filters:
             own_ipc = isolated or level == NAMESPACE
             network = seccomp.OFFLINE if not grants["network"] else seccomp.ONLINE
@@ -245,7 +245,7 @@ class Sandbox:
         if os.getppid() != supervisor:
             os._exit(1)
 
-    def _restrict(self, run: RunDirectory, spec: Mapping[str, Any], own_terminals: bool) -> None:
+    def _restrict(self, run: RunDirectory, spec: Mapping[str, Any], isolated: bool, namespaces: bool) -> None:
         grants = spec["grants"]
         network = grants["network"]
         ruleset = self._ruleset
@@ -255,18 +255,23 @@ class Sandbox:
         every = landlock.handled(self.abi) & ~(landlock.MAKE_CHAR | landlock.MAKE_BLOCK)
         ruleset.allow(run.work, every)
         ruleset.allow(run.output_path, landlock.WRITE_FILE)
-        for path in (*sys.path[:1], spec["bytecode"], *spec["readable"], *grants["read"]):
+        for path in (*sys.path[:1], spec["bytecode"], *spec["readable"]):
             ruleset.allow(path, landlock.READ)
+        for path in grants["read"]:
+            ruleset.allow(path, landlock.READ, exactly=True)
         for path in grants["write"]:
-            ruleset.allow(path, every | landlock.READ)
+            ruleset.allow(path, every | landlock.READ, exactly=True)
         with suppress(OSError):  # not every machine has it
             ruleset.allow(isolation.SHARED_MEMORY, every)
-        if own_terminals:  # elsewhere they are those at which people type
+        if isolated or namespaces:  # elsewhere they are those at which people type
             with suppress(OSError):
                 ruleset.allow(isolation.TERMINALS, WRITE_DEVICE)
+        if namespaces:
+            ruleset.allow(PRIVATE_TMP, every)
         ruleset.enforce()
 
 
+PRIVATE_TMP = "/tmp"  # noqa: S108 - at level namespace it is empty and the run's own
 WRITE_DEVICE = landlock.READ_FILE | landlock.WRITE_FILE | landlock.READ_DIR | landlock.IOCTL_DEV
 
 
@@ -289,7 +294,8 @@ def grant(rules: Rules, asked: Mapping[str, Any]) -> dict[str, Any]:
                 )
             if not os.path.exists(path):
                 raise FlowError(f"the flow asks to {kind} {path}, which is not there")
-        given[kind] = list(wanted)
+        # As it is now, and with its links resolved: another flow may put others there before this one begins.
+        given[kind] = [os.path.realpath(path) for path in wanted]
     return given
 
 
