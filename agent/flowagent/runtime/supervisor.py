@@ -37,15 +37,17 @@ MOST_ATTEMPTS = 1000
 """After so many attempts a supervisor makes room for a fresh one."""
 
 
-def serve(connection: socket.socket, sandbox: Sandbox) -> None:
-    """Execute attempts as the launcher sends them, one after the other, until it closes the connection."""
+def serve(connection: socket.socket, sandbox: Sandbox, names: str) -> None:
+    """Execute attempts as the launcher sends them, one after the other, until it closes the connection.
+
+    ``names``: with what the names of the launcher's control groups begin."""
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.umask(0o077)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     linux.set_process_name("flowagent-run")
-    group = Group.enter(dict(sandbox.rules.cgroups), str(os.getpid()))
+    group = Group.enter(dict(sandbox.rules.cgroups), f"{names}-{os.getpid()}")
     for number in range(1, MOST_ATTEMPTS + 1):
         group.allow_again()
         process = FlowProcess(sandbox, connection)
