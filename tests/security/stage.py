@@ -338,7 +338,12 @@ class Stage:
     def has_directory_of(self, flow: str) -> bool:
         self.ended(flow)
         runs = self.jail.path(self.home / "agents" / AGENT_NAME / "runs")
-        return any(path.name.startswith(self.runs[flow]) for path in runs.iterdir())
+        end = time.monotonic() + 10  # the record comes before the removal
+        while any(path.name.startswith(self.runs[flow]) for path in runs.iterdir()):
+            if time.monotonic() > end:
+                return True
+            time.sleep(0.05)
+        return False
 
     # -- the outcome -------------------------------------------------------------------------------------
 
