@@ -173,7 +173,7 @@ class Attempt:
                 check_interpreter(interpreter, services.confinement.of_authors(source.directory))
             plan = self._plan(backend, revision, source.directory, level, grants)
             self.directory.create(plan, self._deadline)
-            services.confinement.hand_over(self.directory.path)
+            services.confinement.hand_over(self.directory.path, source.directory)
             state = await patiently(
                 lambda: services.store.started(self.run_id, self.number, revision.id, level),
                 self._log,

@@ -46,6 +46,7 @@ class Confinement:
             user=_user(settings.run_as, runs),
             cgroups=tuple(sorted(cgroups.find().items())),
         )
+        os.makedirs(self.rules.empty, mode=0o555, exist_ok=True)
         self.gaps = sandbox.gaps(self.floor, self.rules)
         """What cannot be enforced here, each in a line."""
 
@@ -86,9 +87,12 @@ class Confinement:
         mine = (credentials.home(), sys.prefix)
         return [] if any(os.path.commonpath([real, path]) == real for path in mine) else [str(source), real]
 
-    def hand_over(self, directory: str) -> None:
-        """Give what is in a run directory for the flow to the user that it runs as."""
+    def hand_over(self, directory: str, source: Path) -> None:
+        """Give what is in a run directory for the flow to the user that it runs as, and let that user come to
+        a source in the cache."""
         if self.rules.user is not None:
+            if self.readable(source):
+                os.chmod(source.parent, ENTERED)
             uid, gid, _ = self.rules.user
             os.chmod(directory, ENTERED)
             # Lowest first: another flow of that user must not put a link where the next one is given away.
@@ -153,14 +157,10 @@ def _user(name: str | None, runs: Path) -> tuple[int, int, tuple[int, ...]] | No
 def _open_the_way(runs: Path, uid: int, groups: tuple[int, ...]) -> None:
     """See to it that a user can enter the directories above the run directories, without listing them."""
     home = runs.parents[2]
-    for directory in (
-        home,
-        *(home / name for name in ("agents", "flows", "sources", "ground")),
-        runs.parent,
-        runs,
-    ):
-        if directory.is_dir():
-            directory.chmod(directory.stat().st_mode | 0o011)
+    parts = [home / name for name in ("agents", "flows", "sources", "ground")]
+    for directory in (home, *parts, runs.parent, runs):
+        directory.mkdir(mode=0o700, exist_ok=True)  # whoever would make it later would close it
+        directory.chmod(directory.stat().st_mode | 0o011)
     for directory in home.parents:
         status = directory.stat()
         bit = 0o100 if status.st_uid == uid else 0o010 if status.st_gid in groups else 0o001

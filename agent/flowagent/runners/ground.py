@@ -50,11 +50,13 @@ def lay_out(root: Path) -> Path:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
         try:
-            for name, path in files.items():
+            for name, source in files.items():
                 copy = temporary / name
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+                shutil.copyfile(source, copy)
             (temporary / ENTRY).write_text(_ENTRY_TEXT)
+            for path in (temporary, *temporary.rglob("*")):  # flows may run as another user
+                path.chmod(0o755 if path.is_dir() else 0o644)
             os.rename(temporary, target)
         except FileExistsError:
             pass  # another agent was faster

@@ -15,10 +15,9 @@ from typing import Any, NoReturn
 from flowagent.runtime import credentials, landlock
 from flowagent.runtime.isolation import SHARED_MEMORY
 from flowagent.runtime.rundir import RunDirectory
-from flowagent.runtime.sandbox import Rules
+from flowagent.runtime.sandbox import PRIVATE_TMP, Rules
 
 EMPTY = "/dev/null"
-PRIVATE_TMP = "/tmp"  # noqa: S108
 
 
 def execute(

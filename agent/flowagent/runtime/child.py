@@ -129,8 +129,8 @@ def _enter_namespaces(
     secrets: int | None,
 ) -> None:
     """Go on in :func:`run_inside`, inside of bubblewrap. What needs the rights of outside is done here."""
-    prepared.confine_outside(limit)
     spec_fd = os.open(directory.spec_path, os.O_RDONLY)
+    prepared.confine_outside(limit)
     inside = [
         str(spec_fd),
         str(outcome),

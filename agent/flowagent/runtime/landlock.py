@@ -165,10 +165,14 @@ class Ruleset:
             if add(ADD_RULE, ruleset, RULE_PATH_BENEATH, each.packed, 0) < 0:
                 checked(-1, "Landlock, a rule")
 
-    def allow(self, path: str, rights: int) -> None:
-        """Allow a path. :raises OSError: it is not there."""
+    def allow(self, path: str, rights: int, *, exactly: bool = False) -> None:
+        """Allow a path; ``exactly``: only if no link is on the way to it.
+
+        :raises OSError: it is not there, or there is a link."""
         made = rule(path, rights, self._abi)
         try:
+            if exactly and os.readlink(f"/proc/self/fd/{made.fd}") != path:
+                raise OSError(f"{path} leads elsewhere by now")
             self.add([made])
         finally:
             os.close(made.fd)

@@ -52,6 +52,11 @@ class Rules(NamedTuple):
     cgroups: tuple[tuple[str, str], ...] = ()
     """Hierarchy and directory in which control groups can be made."""
 
+    @property
+    def empty(self) -> str:
+        """A directory with nothing in it, of the agent's."""
+        return os.path.join(os.path.dirname(self.runs), "empty")
+
     def to_json(self) -> str:
         return json.dumps(self._asdict(), sort_keys=True)
 
@@ -190,14 +195,14 @@ class Sandbox:
         if isolated:
             granted = (*grants["read"], *grants["write"])
             covered = [path for path in self.rules.covered if not _opened(path, granted)]
-            isolation.isolate(run.work, grants["write"], covered, limit.memory)
+            isolation.isolate(run.work, grants["write"], covered, self.rules.empty, limit.memory)
         if level != NAMESPACE:
             self._change_user()
         if level != PROCESS:
             linux.drop_capabilities()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         if level != PROCESS and self.abi:
-            self._restrict(run, spec, isolated or level == NAMESPACE)
+            self._restrict(run, spec, isolated, level == NAMESPACE)
         if self._filters:
             own_ipc = isolated or level == NAMESPACE
             network = seccomp.OFFLINE if not grants["network"] else seccomp.ONLINE
@@ -232,7 +237,7 @@ class Sandbox:
         if os.getppid() != supervisor:
             os._exit(1)
 
-    def _restrict(self, run: RunDirectory, spec: Mapping[str, Any], own_terminals: bool) -> None:
+    def _restrict(self, run: RunDirectory, spec: Mapping[str, Any], isolated: bool, namespaces: bool) -> None:
         grants = spec["grants"]
         network = grants["network"]
         ports: Mapping[str, Any] = network if type(network) is dict else {}
@@ -242,18 +247,23 @@ class Sandbox:
         ruleset.add(self._readable.rules)
         ruleset.allow(run.work, every)
         ruleset.allow(run.output_path, landlock.WRITE_FILE)
-        for path in (*sys.path[:1], *spec["readable"], *grants["read"]):
+        for path in (*sys.path[:1], *spec["readable"]):
             ruleset.allow(path, landlock.READ)
+        for path in grants["read"]:
+            ruleset.allow(path, landlock.READ, exactly=True)
         for path in grants["write"]:
-            ruleset.allow(path, every | landlock.READ)
+            ruleset.allow(path, every | landlock.READ, exactly=True)
         with suppress(OSError):  # not every machine has it
             ruleset.allow(isolation.SHARED_MEMORY, every)
-        if own_terminals:  # elsewhere they are those at which people type
+        if isolated or namespaces:  # elsewhere they are those at which people type
             with suppress(OSError):
                 ruleset.allow(isolation.TERMINALS, WRITE_DEVICE)
+        if namespaces:
+            ruleset.allow(PRIVATE_TMP, every)
         ruleset.enforce()
 
 
+PRIVATE_TMP = "/tmp"  # noqa: S108 - at level namespace it is empty and the run's own
 WRITE_DEVICE = landlock.READ_FILE | landlock.WRITE_FILE | landlock.READ_DIR | landlock.IOCTL_DEV
 
 
@@ -276,7 +286,8 @@ def grant(rules: Rules, asked: Mapping[str, Any]) -> dict[str, Any]:
                 )
             if not os.path.exists(path):
                 raise FlowError(f"the flow asks to {kind} {path}, which is not there")
-        given[kind] = list(wanted)
+        # As it is now, and with its links resolved: another flow may put others there before this one begins.
+        given[kind] = [os.path.realpath(path) for path in wanted]
     return given
 
 

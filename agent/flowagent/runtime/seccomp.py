@@ -17,7 +17,7 @@ from flowagent.runtime.linux import PR_SET_SECCOMP, checked, libc
 
 SECCOMP_MODE_FILTER = 2
 RET_ALLOW, RET_ERRNO = 0x7FFF0000, 0x00050000
-LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06
+LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
 """Offsets in struct seccomp_data: the call's number, its architecture, its six arguments of 8 bytes."""
 X32 = 0x40000000
@@ -30,13 +30,14 @@ NUMBERS = {
         "request_key": 249, "keyctl": 250, "perf_event_open": 298, "prlimit64": 302, "bpf": 321,
         "userfaultfd": 323, "io_uring_setup": 425, "mq_open": 240, "setpriority": 141, "ioprio_set": 251,
         "sched_setparam": 142, "sched_setscheduler": 144, "sched_setaffinity": 203, "sched_setattr": 314,
+        "sendto": 44, "sendmsg": 46, "sendmmsg": 307,
     },
     "aarch64": {
         "ioctl": 29, "truncate": 45, "msgget": 186, "semget": 190, "shmget": 194, "socket": 198,
         "add_key": 217, "request_key": 218, "keyctl": 219, "perf_event_open": 241, "prlimit64": 261,
         "bpf": 280, "userfaultfd": 282, "io_uring_setup": 425, "mq_open": 180, "setpriority": 140,
         "ioprio_set": 30, "sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122,
-        "sched_setattr": 274,
+        "sched_setattr": 274, "sendto": 206, "sendmsg": 211, "sendmmsg": 269,
     },
 }  # fmt: skip
 
@@ -50,6 +51,8 @@ SCHEDULING = ("sched_setparam", "sched_setscheduler", "sched_setaffinity", "sche
 """With a pid first; 0 is the caller. Landlock lets a flow starve its own agent by them."""
 PRIO_USER, IOPRIO_WHO_USER = 2, 3
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
+MSG_FASTOPEN = 0x20000000
+"""Sending with it connects, and Landlock does not see that."""
 NO_PORTS = (33, 132, 256, 262)
 """Protocols that connect past Landlock's rules about TCP ports: DCCP, SCTP, SMC and multipath TCP."""
 
@@ -96,6 +99,11 @@ class Filter:
             name,
             [(LOAD, 0, 0, ARGUMENTS + 8 * argument), *body, (RETURN, 0, 0, RET_ERRNO | errno.EPERM)],
         )
+
+    def refuse_with_bits(self, name: str, argument: int, bits: int) -> None:
+        """When the argument has one of ``bits``."""
+        body = [(JUMP_SET, 0, 1, bits), (RETURN, 0, 0, RET_ERRNO | errno.EPERM)]
+        self._when(name, [(LOAD, 0, 0, ARGUMENTS + 8 * argument), *body])
 
     def refuse_scheduling_of_others(self) -> None:
         """Priorities and CPUs of any process but the caller, and of all processes of its user."""
@@ -157,6 +165,8 @@ def _program(own_ipc: bool, network: str, truncate: bool) -> bytes:
     elif network == PORTS:
         made.refuse_without("socket", 0, AF_UNIX, AF_INET, AF_INET6, AF_NETLINK)
         made.refuse_with("socket", 2, NO_PORTS)
+        for name, flags in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
+            made.refuse_with_bits(name, flags, MSG_FASTOPEN)
     if not truncate:
         made.refuse(["truncate"])
     return made.program()

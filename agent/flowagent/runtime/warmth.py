@@ -89,7 +89,8 @@ def renew() -> None:
     """Once in each flow process: what must not be the same in any two of them."""
     for handlers in _handlers:
         os.register_at_fork(**handlers)
-    sys.modules["random"].seed()
+    if "random" in sys.modules:  # it is not in an interpreter that has just started
+        sys.modules["random"].seed()
     set_native_id = getattr(sys.modules["threading"].main_thread(), "_set_native_id", None)
     if set_native_id is not None:
         set_native_id()
