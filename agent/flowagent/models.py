@@ -6,7 +6,7 @@ Times are seconds since the epoch, UTC, as float. Durations are seconds. Sizes a
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,6 +235,15 @@ class Claim:
     attempt: int
     lease_expires: float
     spec: FlowSpec
+
+
+class Claims(list[Claim]):
+    """What was claimed, oldest due first. Were they fewer than asked for, ``next_due`` says when the next run
+    is due that the agent could take; None: there is none scheduled."""
+
+    def __init__(self, claims: Iterable[Claim] = (), next_due: float | None = None) -> None:
+        super().__init__(claims)
+        self.next_due = next_due
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import socket
-import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,7 +31,7 @@ DEFAULT_MAX: Mapping[str, float | None] = {
 
 def hostname() -> str:
     """The name of this machine, as it is used for labels and messages."""
-    return socket.gethostname()
+    return os.uname().nodename  # as socket.gethostname, whose module takes its time
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def load(
 def _from_file(config: Path | None, default: Path) -> dict[str, Any]:
     path = config or default
     try:
-        data = tomllib.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         if config is None:
             return {}
@@ -142,7 +139,13 @@ def _from_file(config: Path | None, default: Path) -> dict[str, Any]:
         raise SettingsError(
             f"configuration file {path} cannot be read: {error.strerror}; check --config"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"configuration file {path} is not valid TOML: {error}; correct it") from error
+    import tomllib
+
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"configuration file {path} is not valid TOML: {error}; correct it") from error
     agent = data.pop("agent", {})
     if not isinstance(agent, dict):
@@ -166,13 +169,19 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if key in _KINDS:
             values[key] = _value(key, text, variable)
         # other variables with this prefix are none of ours, unless one is a slip of the pen
-        elif nearest := difflib.get_close_matches(key, _KINDS, 1, 0.8):
+        elif nearest := _close(key, _KINDS, 0.8):
             raise SettingsError(f"variable {variable} is unknown; did you mean {PREFIX}{nearest[0].upper()}?")
     return values
 
 
+def _close(key: str, known: Iterable[str], cutoff: float) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(key, list(known), 1, cutoff)
+
+
 def _unknown(key: str, what: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, 1, 0.5) or [
+    nearest = _close(key, known, 0.5) or [
         name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]
     ]
     hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"

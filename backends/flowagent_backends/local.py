@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -20,6 +21,12 @@ from flowagent.models import Json
 
 PICKLE = "flow.pickle"
 """The file of a pickled flow within its source."""
+SETTLED = 3.0
+"""Seconds after which a further change of a file surely shows in its times, on any file system."""
+MOST_SCRIPTS = 1000
+
+Identity = tuple[int, int, int, int, int]
+"""Changes with the content of a file: device, inode, size, and when content and inode were changed."""
 
 
 class LocalBackend:
@@ -29,6 +36,7 @@ class LocalBackend:
 
     def __init__(self, context: BackendContext) -> None:
         self._context = context
+        self._scripts: dict[str, tuple[Identity, Revision]] = {}
 
     # -- flows ---------------------------------------------------------------------------------------
 
@@ -38,8 +46,8 @@ class LocalBackend:
         :raises StorageNotFoundError: the file is not on this machine."""
         path = self._path(storage)
         if storage.get("stored_as_script"):
-            digest = await to_thread.run_sync(self._script_digest, path)
-            return Revision(f"sha256:{digest}", Entry("script", path.name), directory=path.parent)
+            known = self._known_script(str(path))
+            return known if known is not None else await to_thread.run_sync(self._script, path)
         artifact = storage.get("artifact")
         if not artifact:
             raise BackendError(f"Local: {path} was never registered as a pickle; register the flow again")
@@ -79,10 +87,35 @@ class LocalBackend:
             raise BackendError("Local: the storage names no file; register the flow again, or give path=")
         return Path(path)
 
-    def _script_digest(self, path: Path) -> str:
+    def _known_script(self, path: str) -> Revision | None:
+        """A script whose file is the one that was read before; takes no time worth a thread."""
+        known = self._scripts.get(path)
+        if known is None:
+            return None
+        with suppress(OSError):
+            # opened, not just looked at: a file system of another machine is asked anew only then
+            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if _identity(os.fstat(file)) == known[0]:
+                    return known[1]
+            finally:
+                os.close(file)
+        return None
+
+    def _script(self, path: Path) -> Revision:
         with self._reading(path):
             self._check_regular(path, path.stat().st_mode)
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            began = time.time()
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        revision = Revision(f"sha256:{digest}", Entry("script", path.name), directory=path.parent)
+        # while it is this new, it could change once more without a trace
+        if max(status.st_mtime, status.st_ctime) < began - SETTLED:
+            if len(self._scripts) >= MOST_SCRIPTS:
+                self._scripts.clear()
+            self._scripts[str(path)] = _identity(status), revision
+        return revision
 
     def _copy_pickle(self, path: Path, sha256: str | None, directory: Path) -> None:
         with self._reading(path):
@@ -106,7 +139,7 @@ class LocalBackend:
                 f"Local: which script flow {artifact.flow_name!r} is stored as is not known; give path="
             )
         path = Path(declared).expanduser().absolute()
-        self._script_digest(path)
+        self._script(path)
         return {**storage, "path": str(path)}
 
     def _write_pickle(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
@@ -242,3 +275,7 @@ class LocalBackend:
             raise BackendError(
                 f"Local: {path} on {self._context.host} is not a regular file; register a file"
             )
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

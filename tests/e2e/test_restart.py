@@ -53,7 +53,7 @@ def test_a_killed_agent_comes_back_and_no_line_is_lost(lines: Site) -> None:
 
 def test_an_end_without_an_agent_is_recorded_later(lines: Site) -> None:
     agent = lines.start()
-    run = lines.submit("lines", "-p", "count=30")
+    run = lines.submit("lines", "-p", "count=100")
     until(lambda: "line 5" in lines.output(run))
     agent.kill()
     agent.wait()
@@ -62,7 +62,7 @@ def test_an_end_without_an_agent_is_recorded_later(lines: Site) -> None:
     lines.start()
     shown = lines.wait_for(run)
     assert (shown["state"], shown["attempt"]) == ("completed", 1), shown
-    assert numbers(lines.output(run)) == list(range(30))
+    assert numbers(lines.output(run)) == list(range(100))
 
 
 def test_nobody_comes_back_so_the_lease_ends_the_run_and_another_agent_repeats_it(lines: Site) -> None:

@@ -61,6 +61,40 @@ async def test_a_script_runs_where_it_is_as_it_is_then(backend: LocalBackend, tm
     assert await SourceCache(tmp_path / "cache").acquire(backend, storage, second) == tmp_path
 
 
+async def test_a_script_is_read_again_only_when_its_file_has_changed(
+    backend: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def file_digest(file: Any, name: str) -> Any:
+        reads.append(file)
+        return hashlib.new(name, file.read())
+
+    monkeypatch.setattr("flowagent_backends.local.hashlib.file_digest", file_digest)
+    script = tmp_path / "flow.py"
+    storage = {"type": "Local", "stored_as_script": True, "path": str(script)}
+    script.write_text("x = 1")
+    for _ in range(2):
+        await backend.resolve(storage)
+    assert len(reads) == 2  # so new that its times may not tell of a further change
+    monkeypatch.setattr("flowagent_backends.local.SETTLED", -60)
+    first = await backend.resolve(storage)
+    assert await backend.resolve(storage) == first
+    assert len(reads) == 3
+    times = script.stat()
+    script.write_text("x = 2")  # of the same size
+    os.utime(script, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = await backend.resolve(storage)
+    assert second.id == f"sha256:{hashlib.sha256(b'x = 2').hexdigest()}" != first.id
+    other = tmp_path / "other.py"
+    other.write_text("x = 3")
+    other.rename(script)
+    assert (await backend.resolve(storage)).id == f"sha256:{hashlib.sha256(b'x = 3').hexdigest()}"
+    script.unlink()
+    with pytest.raises(StorageNotFoundError):
+        await backend.resolve(storage)
+
+
 async def test_a_relative_script_is_made_absolute(
     backend: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

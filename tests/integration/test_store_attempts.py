@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
+from dataclasses import replace
 
 import anyio
 import pytest
-from store_cases import add_run, an_agent, version_of
+from store_cases import add_run, an_agent, spec, version_of
 
 from flowagent.errors import LeaseLostError, NotFoundError, StoreError, UsageError
 from flowagent.models import LIVE, TRANSITIONS, Outcome, OutputChunk, Run, RunRequest, State, TaskRun
@@ -228,6 +230,46 @@ async def test_outcome_is_recorded(store: SQLStore) -> None:
     assert (attempt.exit_code, attempt.signal, attempt.peak_memory, attempt.cpu_time) == (1, 9, 3 << 33, 1.5)
     assert (attempt.revision, attempt.sandbox, attempt.agent) == ("in fact", "landlock", "agent")
     assert attempt.reason == ended.reason == "killed\N{REPLACEMENT CHARACTER} by ?\nsignal"
+
+
+async def test_the_end_comes_with_the_last_output(store: SQLStore) -> None:
+    run = await bring(store, RUNNING)
+    done = TaskRun(run.id, 1, "a", "completed", None, 1, 1.0, 3.0)
+    await store.append(run.id, 1, [OutputChunk(0, 5, b"first")])
+    await store.finish(run.id, 1, Outcome(COMPLETED), [OutputChunk(5, 9, b"last")], [done])
+    assert await store.output(run.id, 1, 0) == [OutputChunk(0, 5, b"first"), OutputChunk(5, 9, b"last")]
+    assert await store.task_runs(run.id, 1) == [done]
+    with pytest.raises(LeaseLostError):
+        await store.finish(run.id, 1, Outcome(COMPLETED), [OutputChunk(9, 10, b"!")], [])
+    assert await store.shipped(run.id, 1) == 9
+
+
+async def test_a_claim_tells_when_the_next_run_is_due(store: SQLStore) -> None:
+    assert (await store.claim(an_agent(), 5, 60)).next_due is None
+    await add_run(store)
+    late = await add_run(store, due=time.time() + 3600)
+    await add_run(store, labels=("other",))
+    claims = await store.claim(an_agent(), 2, 60)
+    assert (len(claims), claims.next_due) == (1, late.due)
+    claims = await store.claim(an_agent(), 2, 60)
+    assert (len(claims), claims.next_due) == (0, late.due)
+
+
+async def test_claims_of_several_versions_get_their_own_specs(
+    store: SQLStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowagent.store.attempts.MOST_SPECS", 2)
+    names = ["a", "b", "c", "a", "c", "b"]
+    for name in names:
+        version = await version_of(store, name)
+        await store.create_run(RunRequest(version.version_id))
+    claims = [*await store.claim(an_agent(), 4, 60), *await store.claim(an_agent(), 4, 60)]
+    assert sorted(claim.run.flow_name for claim in claims) == sorted(names)
+    assert [claim.spec.name for claim in claims] == [claim.run.flow_name for claim in claims]
+    changed = await store.register(replace(spec("a"), labels=("new",)), "changed")
+    await store.create_run(RunRequest(changed.version.version_id))
+    (claim,) = await store.claim(an_agent(), 4, 60)
+    assert claim.spec.labels == ("new",)
 
 
 async def test_output_and_tasks(store: SQLStore) -> None:

@@ -22,8 +22,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from store_cases import add_run, an_agent, version_of
 
+import flowagent.store.contention
 import flowagent.store.postgresql
-import flowagent.store.sqlite
 from flowagent.errors import NotFoundError, StoreError, StoreUnavailableError, UsageError
 from flowagent.models import Outcome, OutputChunk, RunRequest, State
 from flowagent.store import CANCEL, WORK, SQLStore, open_store, progress
@@ -221,7 +221,7 @@ async def test_full_disk(store: SQLStore) -> None:
 async def test_locked_by_another_process(
     store: SQLStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flowagent.store.sqlite, "PATIENCE", 0.1)
+    monkeypatch.setattr(flowagent.store.contention, "PATIENCE", 0.1)
     other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailableError, match="locked by another process"):
@@ -352,6 +352,81 @@ async def test_concurrent_writes_share_commits(store: SQLStore) -> None:
     assert store.database.commits - before < 30
 
 
+@SQLITE
+async def test_another_process_that_writes_does_not_stop_the_event_loop(
+    store: SQLStore, tmp_path: Path
+) -> None:
+    version = await version_of(store)
+    other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    created: list[str] = []
+
+    async def submit() -> None:
+        created.append((await store.create_run(RunRequest(version.version_id)))[0].id)
+
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(submit)
+        began = time.monotonic()
+        for _ in range(20):
+            await anyio.sleep(0.01)
+        assert time.monotonic() - began < 2  # SQLite alone would wait for 5 s
+        assert created == []
+        other.execute("ROLLBACK")
+    other.close()
+    assert {run.id for run in await store.runs()} == set(created)
+
+
+@SQLITE
+async def test_closing_commits_what_was_asked_for(store: SQLStore, url: str) -> None:
+    version = await version_of(store)
+
+    async def submit() -> None:
+        await store.create_run(RunRequest(version.version_id))
+
+    async with anyio.create_task_group() as group:
+        for _ in range(20):
+            group.start_soon(submit)
+        await anyio.sleep(0)
+        await store.close()
+    with pytest.raises(StoreError, match="closed"):
+        await store.create_run(RunRequest(version.version_id))
+    reopened = await open_store(url)
+    assert len(await reopened.runs()) == 20
+    await reopened.close()
+
+
+@SQLITE
+async def test_a_commit_that_fails_undoes_the_whole_group(
+    store: SQLStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = await version_of(store)
+    errors: list[StoreError] = []
+
+    def insert(tx: Transaction) -> None:
+        # refused at the commit only, as constraints can be
+        tx.execute("PRAGMA defer_foreign_keys = ON")
+        tx.execute("INSERT INTO attempt (run_id, number, state, agent, lease_expires, claimed) "
+                   "VALUES ('none', 1, 'pending', 'a', 0, 0)")  # fmt: skip
+
+    async def fail() -> None:
+        with pytest.raises(StoreError) as caught:
+            await store.database.write(insert)
+        errors.append(caught.value)
+
+    async def submit() -> None:
+        with pytest.raises(StoreError) as caught:
+            await store.create_run(RunRequest(version.version_id))
+        errors.append(caught.value)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(submit)
+        group.start_soon(fail)
+    assert len(set(map(id, errors))) == 2  # each has an exception of its own
+    assert await store.runs() == []
+    await add_run(store)  # and goes on
+
+
 async def test_a_failing_write_does_not_undo_others(store: SQLStore) -> None:
     version = await version_of(store)
     failed: list[Exception] = []
@@ -438,6 +513,18 @@ async def test_what_rings(store: SQLStore) -> None:
             assert not await work.wait(0.05)
             await store.finish(run.id, 1, Outcome(State.CANCELLED))
             assert await bell.wait(5)
+
+
+@SQLITE
+async def test_a_listener_is_rung_however_new_it_is(store: SQLStore) -> None:
+    async with store.doorbell(CANCEL):
+        await anyio.sleep(0.3)
+        await store.ring(WORK)  # the directory is old enough now to be remembered
+        for _ in range(30):
+            async with store.doorbell(WORK) as bell:
+                await store.ring(WORK)
+                assert await bell.wait(1)
+            await store.ring(WORK)
 
 
 RINGER = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import anyio
 import click
 
 from flowagent.cli import output
@@ -12,7 +11,9 @@ from flowagent.cli.session import Command, Session, json_option, pass_session
 from flowagent.cli.values import duration, size
 
 if TYPE_CHECKING:
-    from flowagent.sources import CacheEntry, SourceCache
+    from pathlib import Path
+
+    from flowagent.sources import CacheEntry
 
 
 @click.group()
@@ -20,10 +21,13 @@ def cache() -> None:
     """Look after the source cache of this machine."""
 
 
-def _open(session: Session) -> SourceCache:
+def _root(session: Session) -> Path:
+    """The directory of the cache, made if it is not there yet."""
     from flowagent.sources import SourceCache
 
-    return SourceCache(session.settings().sources_dir)
+    root = session.settings().sources_dir
+    SourceCache(root)
+    return root
 
 
 def _print(entries: list[CacheEntry], empty: str) -> None:
@@ -50,7 +54,9 @@ def _print(entries: list[CacheEntry], empty: str) -> None:
 @pass_session
 def ls(session: Session, as_json: bool) -> None:
     """List the sources, least recently used first."""
-    entries = anyio.run(_open(session).entries)
+    from flowagent.sources import collection
+
+    entries = collection.entries(_root(session))
     if as_json:
         output.print_json(entries)
     else:
@@ -66,14 +72,11 @@ def ls(session: Session, as_json: bool) -> None:
 @pass_session
 def prune(session: Session, max_size: int | None, max_age: float | None, as_json: bool) -> None:
     """Remove sources that no run holds, least recently used first; without limits, all of those."""
-    opened = _open(session)
+    from flowagent.sources import collection
+
     if max_size is None and max_age is None:
         max_size = 0
-
-    async def job() -> list[CacheEntry]:
-        return await opened.prune(max_bytes=max_size, max_age=max_age)
-
-    removed = anyio.run(job)
+    removed = collection.prune(_root(session), max_size, max_age, keep=0)
     if as_json:
         output.print_json(removed)
     else:
@@ -86,7 +89,9 @@ def prune(session: Session, max_size: int | None, max_age: float | None, as_json
 @pass_session
 def verify(session: Session, as_json: bool) -> int:
     """Read every source, and discard those that are not what was published; exit code 1 if there were any."""
-    broken = anyio.run(_open(session).verify)
+    from flowagent.sources import collection
+
+    broken = collection.verify(_root(session))
     if as_json:
         output.print_json(broken)
     elif broken:

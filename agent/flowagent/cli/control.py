@@ -63,4 +63,4 @@ def retry(session: Session, run_id: str, watch: bool, as_json: bool) -> int:
         await warn_if_stuck(store, run)
         return await watch_run(store, run.id, as_json) if watch else 0
 
-    return session.with_store(job)
+    return session.with_store(job, waits=watch)

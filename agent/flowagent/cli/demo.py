@@ -11,14 +11,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from flowagent.cli import output
-from flowagent.cli.session import Command, Session, pass_session, run_async
+from flowagent.cli.session import Command, Session, pass_session
 from flowagent.errors import FlowagentError
 
 if TYPE_CHECKING:
@@ -41,11 +40,13 @@ def demo(session: Session, who: str, keep: bool) -> int:
 
     All of it is in a temporary home, unless --home names another.
     """
+    from flowagent import store
+
     # so that the agent is stopped and the home removed also when this process is told to end
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with _home(session, keep) as (settings, environment):
         with _agent(environment, settings.home / LOG) as agent:
-            code = run_async(lambda store: _show_off(settings, store, agent, who), settings.store)
+            code = store.run(settings.store, lambda opened: _show_off(settings, opened, agent, who))
         _say("the agent has stopped")
         if keep or session.home is not None:
             _say(f"look around with: flowagent --home {settings.home} runs")
@@ -64,11 +65,11 @@ def _home(session: Session, keep: bool) -> Iterator[tuple[Settings, dict[str, st
             name: value for name, value in environment.items() if not name.startswith("FLOWAGENT_")
         }
     try:
-        chosen = replace(session, home=temporary or session.home)
         from flowagent import settings as settings_of
 
-        config = Path(chosen.config) if chosen.config else None
-        settings = settings_of.load(config, environment, {"home": chosen.home, "store": chosen.store})
+        config = Path(session.config) if session.config else None
+        overrides = {"home": temporary or session.home, "store": session.store}
+        settings = settings_of.load(config, environment, overrides)
         environment.update(FLOWAGENT_HOME=str(settings.home), FLOWAGENT_STORE=settings.store)
         yield settings, environment
     finally:

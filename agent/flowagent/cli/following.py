@@ -6,6 +6,7 @@ import codecs
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import click
@@ -49,7 +50,7 @@ async def follow(
     from flowagent.store.protocol import progress
 
     position = _Position(only or 1)
-    async with store.doorbell(progress(run_id)) as bell:
+    async with store.doorbell(progress(run_id)) if wait else nullcontext() as bell:
         while True:
             try:
                 run = await store.run(run_id)
@@ -58,13 +59,13 @@ async def follow(
                 # The state was read first: whatever came before an end is in the store by now.
                 await _catch_up(store, run, sink, position, only)
             except StoreUnavailableError as error:
-                if not wait:
+                if bell is None:
                     raise
                 click.echo(f"the store is away, trying again: {error}", err=True)
                 await bell.wait(POLL)
                 continue
             over = run.state.terminal or (only is not None and only < run.attempt)
-            if over or not wait:
+            if over or bell is None:
                 if position.begun:
                     sink.end()
                 return run

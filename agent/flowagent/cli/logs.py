@@ -41,4 +41,4 @@ def logs(session: Session, run_id: str, wait: bool, attempt: int | None, raw: bo
         if not run.attempt and not wait:
             click.echo(f"run {run.id} is {run.state}: it has no output yet", err=True)
 
-    session.with_store(job)
+    session.with_store(job, waits=wait)

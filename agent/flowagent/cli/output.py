@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -71,6 +69,8 @@ def print_json_line(value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
+    import dataclasses
+
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return str(value)
@@ -154,6 +154,8 @@ def size(count: int | None) -> str:
 def signal_name(number: int | None) -> str:
     if number is None:
         return ""
+    import signal
+
     try:
         return signal.Signals(number).name
     except ValueError:

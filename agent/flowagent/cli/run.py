@@ -92,7 +92,7 @@ def run(
         return await watch_run(store, requested.id, as_json) if watch else 0
 
     try:
-        return session.with_store(job)
+        return session.with_store(job, waits=watch)
     except KeyboardInterrupt:
         if asked:
             run_id = asked[0].id

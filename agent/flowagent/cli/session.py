@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -16,45 +14,35 @@ if TYPE_CHECKING:
     from flowagent.settings import Settings
     from flowagent.store.protocol import Store
 
+
 T = TypeVar("T")
+Job = Callable[["Store"], Coroutine[Any, Any, T]]
+"""What a command does with the store."""
 
 
-@dataclass
 class Session:
     """The global options of one command."""
 
     home: str | None = None
     store: str | None = None
     config: str | None = None
-    debug: bool = False
+    debug = False
 
     def settings(self, **flags: Any) -> Settings:
         """The settings of this command; ``flags`` by field name, None for those not given."""
+        from pathlib import Path
+
         from flowagent import settings
 
         config = Path(self.config) if self.config else None
         return settings.load(config, overrides={"home": self.home, "store": self.store, **flags})
 
-    def with_store(self, job: Callable[[Store], Awaitable[T]]) -> T:
-        """Run an async job on the store of the settings."""
-        return run_async(job, self.settings().store)
+    def with_store(self, job: Job[T], *, waits: bool = False) -> T:
+        """Run an async job on the store of the settings; ``waits``: for more than the store's answers."""
+        from flowagent import store
 
-
-def run_async(job: Callable[[Store], Awaitable[T]], url: str) -> T:
-    """Run a job on the store at a URL, in an event loop of its own."""
-    import anyio
-
-    from flowagent.store import open_store
-
-    async def with_open_store() -> T:
-        store = await open_store(url)
-        try:
-            return await job(store)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await store.close()
-
-    return anyio.run(with_open_store)
+        url = self.settings().store
+        return store.run(url, job) if waits else store.ask(url, job)
 
 
 pass_session = click.make_pass_decorator(Session, ensure=True)
@@ -137,7 +125,7 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return _complete(ctx, ids, incomplete)
 
 
-def _complete(ctx: click.Context, job: Callable[[Store], Awaitable[list[str]]], incomplete: str) -> list[str]:
+def _complete(ctx: click.Context, job: Job[list[str]], incomplete: str) -> list[str]:
     try:
         found = ctx.find_root().ensure_object(Session).with_store(job)
     except Exception:

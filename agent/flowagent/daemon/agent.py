@@ -6,6 +6,7 @@ was lost. Expiry: end what other agents lost. Stopping: drain, cancel, or leave.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
@@ -22,9 +23,10 @@ from flowagent.backend import BackendContext, Backends
 from flowagent.daemon import identity
 from flowagent.daemon.attempts import Attempt, Services, lost
 from flowagent.daemon.log import Log
+from flowagent.daemon.lookout import Lookout
 from flowagent.daemon.patience import patiently
 from flowagent.errors import FlowagentError, LeaseLostError, StoreError
-from flowagent.models import AgentInfo, FlowSpec, Held, Outcome, Run, State
+from flowagent.models import AgentInfo, Claims, FlowSpec, Held, Outcome, Run, State
 from flowagent.runners.confinement import Confinement
 from flowagent.runners.process import ProcessRunner
 from flowagent.runtime.linux import make_undumpable
@@ -70,13 +72,15 @@ class Agent:
                 self._identity.directory, settings.home / "ground", confinement.rules, settings.preload
             ),
             confinement=confinement,
+            lookout=Lookout(),
             secrets=SecretProvider(settings.home),
             runs=self._identity.runs,
             log=self.log,
         )
         self._attempts: dict[tuple[str, int], Attempt] = {}
         # Claims and renewals take turns: what a renewal finds unknown is then truly unknown.
-        self._leases = anyio.Lock()
+        self._leases = anyio.Lock(fast_acquire=True)
+        self._nap = anyio.CancelScope()  # of the claims, until a doorbell rings
         self._room = anyio.Event()
         self._stops = 0
         self._stopping = anyio.Event()
@@ -91,6 +95,7 @@ class Agent:
         self._stops += 1
         for event in (self._stopping, self._stopped_again, self._leaving)[: self._stops]:
             event.set()
+        self._nap.cancel()
         self._make_room()
 
     async def run(self) -> None:
@@ -98,9 +103,11 @@ class Agent:
         make_undumpable()
         self._identity.directory.mkdir(exist_ok=True)
         await self._services.sources.sweep()
+        await anyio.to_thread.run_sync(self._services.confinement.sweep)
         try:
             await patiently(lambda: self._store.announce(self.info), self.log, "announcing the agent")
             info = self.info
+            gc.freeze()  # what the start has made stays, and need not be looked at by every collection
             level = self._services.confinement.floor
             self.log.info(
                 "started", labels=list(info.labels), limit=info.limit, store=self._store.url, sandbox=level
@@ -110,6 +117,7 @@ class Agent:
             async with anyio.create_task_group() as tasks:
                 await self._adopt(tasks)
                 tasks.start_soon(self._warm_up)
+                tasks.start_soon(self._services.lookout.run)
                 tasks.start_soon(self._renew_leases)
                 tasks.start_soon(self._listen_for_cancels)
                 tasks.start_soon(self._expire)
@@ -131,44 +139,42 @@ class Agent:
         async with self._store.doorbell(WORK) as bell:
             self.ready.set()
             while not self._stopping.is_set():
-                free = self.info.limit - len(self._attempts)
+                free = self.info.limit - sum(not attempt.ended for attempt in self._attempts.values())
                 if free <= 0:
                     await self._wait_for_room()
                     continue
                 try:
                     taken = await self._take(free, tasks)
-                    if taken == free or (self._runs_once and taken):
+                    if len(taken) == free or (self._runs_once and taken):
                         continue
                     if self._runs_once and not taken:
                         if not self._attempts:
                             return
                         await self._wait_for_room()
                         continue
-                    pause = await self._until_next()
+                    pause = self._until(taken.next_due)
                 except StoreError as error:
                     self.log.warning("cannot claim", error=str(error))
                     pause = self._settings.poll
-                async with anyio.create_task_group() as waits:
+                if not self._stopping.is_set():
+                    with anyio.CancelScope() as self._nap:
+                        await bell.wait(pause)
 
-                    async def awake() -> None:
-                        await self._stopping.wait()
-                        waits.cancel_scope.cancel()
-
-                    waits.start_soon(awake)
-                    await bell.wait(pause)
-                    waits.cancel_scope.cancel()
-
-    async def _take(self, free: int, tasks: TaskGroup) -> int:
+    async def _take(self, free: int, tasks: TaskGroup) -> Claims:
         async with self._leases:
             asked = boottime()
             claims = await self._store.claim(self.info, free, self._settings.lease)
             for claim in claims:
-                attempt = Attempt(self._services, claim.run, claim.attempt, claim.spec, self._deadline(asked))
-                self._attempts[claim.run.id, claim.attempt] = attempt
+                self._hold(claim.run, claim.attempt, claim.spec, asked)
         for claim in claims:
             self.log.debug("claimed", run_id=claim.run.id, attempt=claim.attempt)
             tasks.start_soon(self._own, self._attempts[claim.run.id, claim.attempt], False)
-        return len(claims)
+        return claims
+
+    def _hold(self, run: Run, number: int, spec: FlowSpec, asked: float) -> Attempt:
+        attempt = Attempt(self._services, run, number, spec, self._deadline(asked), self._make_room)
+        self._attempts[run.id, number] = attempt
+        return attempt
 
     async def _own(self, attempt: Attempt, resumed: bool) -> None:
         """Everything of one attempt; whatever goes wrong in it stays in it."""
@@ -188,10 +194,9 @@ class Agent:
         except OSError as error:
             self.log.error("cannot end an attempt", path=directory.path, error=str(error))
 
-    async def _until_next(self) -> float:
+    def _until(self, due: float | None) -> float:
         """Seconds to sleep when no doorbell rings: to the next due run, at most the jittered fallback."""
         fallback = self._settings.poll * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-        due = await self._store.next_due(self.info)
         if due is None:
             return fallback
         return max(0.01, min(fallback, due - time.time()))
@@ -298,8 +303,7 @@ class Agent:
                 tasks.start_soon(self._clear, directory)
                 continue
             run, spec = await patiently(partial(self._look_up, run_id), self.log, "reading a run")
-            attempt = Attempt(self._services, run, lease.attempt, spec, self._deadline(asked))
-            self._attempts[run_id, lease.attempt] = attempt
+            attempt = self._hold(run, lease.attempt, spec, asked)
             tasks.start_soon(self._own, attempt, True)
             if lease.state is State.CANCELLING:
                 attempt.stop(lease.reason or "cancelled")

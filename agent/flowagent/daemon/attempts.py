@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ import anyio
 
 from flowagent.backend import Backend, Backends, Revision
 from flowagent.daemon.log import Log
+from flowagent.daemon.lookout import Lookout, rest
 from flowagent.daemon.outcomes import outcome_of
 from flowagent.daemon.patience import patiently
 from flowagent.daemon.shipping import Shipper
@@ -22,19 +23,15 @@ from flowagent.errors import (
     LauncherError,
     LeaseLostError,
 )
-from flowagent.models import FlowSpec, Held, Json, Outcome, Run, State
+from flowagent.models import FlowSpec, Held, Json, Outcome, OutputChunk, Run, State, TaskRun
 from flowagent.redaction import Redactor
 from flowagent.runners.confinement import Confinement
-from flowagent.runners.process import ProcessRunner, check_interpreter
+from flowagent.runners.process import ProcessRunner
 from flowagent.runtime.rundir import RunDirectory
 from flowagent.secrets import SecretProvider
 from flowagent.settings import Settings
 from flowagent.sources import SourceCache
 from flowagent.store.protocol import Store
-
-FIRST_LOOK = 0.02
-"""Seconds after the start when output is looked for first; the pause doubles while there is none."""
-LONGEST_LOOK = 0.25
 
 
 @dataclass(frozen=True)
@@ -47,25 +44,38 @@ class Services:
     sources: SourceCache
     runner: ProcessRunner
     confinement: Confinement
+    lookout: Lookout
     secrets: SecretProvider
     runs: Path  # where run directories are made
     log: Log
 
 
 class Attempt:
-    """An attempt that this agent holds. ``number`` is its fencing token."""
+    """An attempt that this agent holds. ``number`` is its fencing token.
 
-    def __init__(self, services: Services, run: Run, number: int, spec: FlowSpec, deadline: float) -> None:
+    ``executed`` is called once, when nothing of it is left to be executed, before its end is recorded."""
+
+    def __init__(
+        self,
+        services: Services,
+        run: Run,
+        number: int,
+        spec: FlowSpec,
+        deadline: float,
+        executed: Callable[[], None],
+    ) -> None:
         self.run_id = run.id
         self.number = number
-        self.directory = RunDirectory(services.runs / f"{run.id}.{number}")
+        self.directory = RunDirectory(f"{services.runs}/{run.id}.{number}")
         self._services = services
         self._run = run
         self._spec = spec
         self._deadline = deadline
         self._stop_reason: str | None = None
         self._lost = False
-        self._ended = False
+        self.ended = False
+        self._executed = executed
+        self._plan: dict[str, Json] | None = None  # as handed over, if it was by this process
         self._preparing = anyio.CancelScope()
         self._log = services.log.bind(run_id=run.id, attempt=number, flow=spec.name)
 
@@ -95,7 +105,7 @@ class Attempt:
 
     def lose(self) -> None:
         """The store says that the lease is not ours: end the process now, record nothing."""
-        if not self._ended and not self._lost:
+        if not self.ended and not self._lost:
             self._log.warning("lease lost: stopping the flow")
             self._lost = True
             self.stop("lease lost", grace=0)
@@ -154,6 +164,9 @@ class Attempt:
     async def _discard(self) -> None:
         """Remove the run directory, once nothing lives in it and nothing can."""
         await self._services.runner.forbid(self.directory, "not needed any more")
+        await self._remove()
+
+    async def _remove(self) -> None:
         if not self.directory.remove_own():
             await anyio.to_thread.run_sync(self.directory.remove)
 
@@ -162,17 +175,14 @@ class Attempt:
     async def _start(self) -> int:
         services = self._services
         config = self._spec.run_config
-        interpreter = config.get("python")
         level = services.confinement.level(config)
         grants = services.confinement.grants(config)
         values = services.secrets.get_many(self._spec.secrets)
         backend = services.backends.get(self._spec.storage["type"])
         revision = await backend.resolve(self._spec.storage)
         with await services.sources.hold(backend, self._spec.storage, revision) as source:
-            if interpreter is not None:
-                check_interpreter(interpreter, services.confinement.of_authors(source.directory))
-            plan = self._plan(backend, revision, source.directory, level, grants)
-            self.directory.create(plan, self._deadline)
+            self._plan = self._planned(backend, revision, source.directory, level, grants)
+            self.directory.create(self._plan, self._deadline)
             services.confinement.hand_over(self.directory.path, source.directory)
             state = await patiently(
                 lambda: services.store.started(self.run_id, self.number, revision.id, level),
@@ -189,14 +199,14 @@ class Attempt:
                     level=level,
                     limits=services.confinement.limits_of(config),
                     grace=services.settings.grace,
-                    interpreter=interpreter,
+                    interpreter=config.get("python"),
                     preload=config.get("preload") or (),
                     values=values,
                     lease_fd=source.lease,
                 )
         return supervisor
 
-    def _plan(
+    def _planned(
         self, backend: Backend, revision: Revision, source: Path, level: str, grants: Mapping[str, Json]
     ) -> dict[str, Json]:
         """What the flow process is told: the run directory's spec."""
@@ -232,6 +242,7 @@ class Attempt:
             "sandbox": level,
             "grants": dict(grants),
             "readable": self._services.confinement.readable(source),
+            "bytecode": self._services.confinement.bytecode(source),
             "run_directory": self.directory.path,
         }
 
@@ -248,30 +259,19 @@ class Attempt:
                 asked = partial(services.store.shipped, self.run_id, self.number)
                 start = await patiently(asked, self._log, "asking for the offset")
             shipper = self._shipper(start)
-            ended = anyio.Event()
             status: dict[str, Any] = {}
-
-            async def await_end() -> None:
-                status.update(await services.runner.wait(self.directory, supervisor))
-                ended.set()
-
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(await_end)
-                pause = FIRST_LOOK
-                while not ended.is_set():
-                    with anyio.move_on_after(pause):
-                        await ended.wait()
-                    if not ended.is_set():
-                        pause = FIRST_LOOK if await shipper.pump() else min(LONGEST_LOOK, pause * 2)
+            with services.lookout.watching(shipper) as watched:
+                status = await services.runner.wait(self.directory, supervisor)
+            await rest(watched)
             if "ended" not in status:
                 killed = services.runner.reap(self.directory, self.run_id, self.number)
                 self._log.warning("the supervisor was killed", leftovers=killed)
-            await shipper.pump(final=True)
-        except* LeaseLostError:
+            chunks, tasks = await shipper.drain()
+        except LeaseLostError:
             self.lose()
             await self._discard()
         else:
-            await self._conclude(shipper, status)
+            await self._conclude(shipper, status, chunks, tasks)
 
     def _shipper(self, start: int) -> Shipper:
         services = self._services
@@ -292,20 +292,31 @@ class Attempt:
             start,
         )
 
-    async def _conclude(self, shipper: Shipper, status: Mapping[str, Any]) -> None:
+    async def _conclude(
+        self,
+        shipper: Shipper,
+        status: Mapping[str, Any],
+        chunks: Sequence[OutputChunk],
+        tasks: Sequence[TaskRun],
+    ) -> None:
         outcome = outcome_of(status)
         if outcome.reason is not None:
             outcome = replace(outcome, reason=shipper.clean(outcome.reason))
         if shipper.loaded_sha256 is not None:
-            outcome = replace(outcome, revision=self._executed(shipper.loaded_sha256))
-        await self._record(outcome)
-        await self._discard()
+            outcome = replace(outcome, revision=self._loaded_revision(shipper.loaded_sha256))
+        await self._record(outcome, chunks, tasks)
+        shipper.recorded()
+        # A supervisor notes the end when nothing else lives; the flow could have written that as well.
+        if "ended" in status and self.directory.supervisor() is None:
+            await self._remove()
+        else:
+            await self._discard()
 
-    def _executed(self, sha256: str) -> str | None:
+    def _loaded_revision(self, sha256: str) -> str | None:
         """The revision that in fact ran, where resolving alone could not say: a script used in place may
         have been edited since, and a module is found by its interpreter only."""
         try:
-            plan = self.directory.read_spec()
+            plan = self._plan or self.directory.read_spec()
         except (OSError, ValueError):
             return None  # the flow has been there
         if plan["source"]["kind"] == "module":
@@ -314,13 +325,19 @@ class Attempt:
             return f"sha256:{sha256}"
         return None
 
-    async def _record(self, outcome: Outcome) -> None:
-        """Write the end, however long the store is away; unless the lease is lost."""
-        store = self._services.store
-        self._ended = True
+    async def _record(
+        self, outcome: Outcome, chunks: Sequence[OutputChunk] = (), tasks: Sequence[TaskRun] = ()
+    ) -> None:
+        """Write the end, and the last output with it, however long the store is away; unless the lease is
+        lost."""
+        self.ended = True
+        self._executed()
+        finish = self._services.store.finish
         try:
             run = await patiently(
-                lambda: store.finish(self.run_id, self.number, outcome), self._log, "recording the end"
+                lambda: finish(self.run_id, self.number, outcome, chunks, tasks),
+                self._log,
+                "recording the end",
             )
         except LeaseLostError as error:
             self._log.warning("the end could not be recorded", error=str(error))

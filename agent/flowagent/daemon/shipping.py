@@ -41,7 +41,7 @@ MAX_TRIES = 1 << 31
 
 
 class Shipper:
-    """Sends one attempt's output. ``start``: raw bytes that the store has already."""
+    """Sends one attempt's output; one call at a time. ``start``: raw bytes that the store has already."""
 
     def __init__(
         self,
@@ -65,38 +65,56 @@ class Shipper:
         self._log = log
         self._read = 0  # raw bytes that the parser has seen
         self._fed = start  # raw bytes that the redactor has seen
-        self._shipped = start  # raw bytes that the store has
+        self._covered = start  # raw bytes that the redactor has let go of
         self._parser = Parser()
         self._tasks: set[str] = set()
         self._taken: list[Path] = []  # results that were put, and of which the store may not know yet
         self.loaded_sha256: str | None = None
 
-    async def pump(self, *, final: bool = False) -> bool:
-        """Ship what is there now; whether there was anything. ``final``: nothing more will be written."""
+    def behind(self) -> bool:
+        """Whether there may be something to ship."""
+        try:
+            return os.stat(self._run.output_path, follow_symlinks=False).st_size > self._read
+        except OSError:
+            return False
+
+    async def pump(self) -> bool:
+        """Ship what is there now; whether there was anything."""
         shipped = False
         async for data in self._pieces():
-            tasks = [task async for task in self._observe(data)]
-            begin = max(0, self._fed - (self._read - len(data)))
-            chunk = self._redact(data[begin:])
-            if chunk or tasks:
-                await self._append(chunk, tasks)
-                shipped = True
-            if chunk:
-                self._shipped = chunk.stop
-        if final:
-            rest = self._redact(b"", final=True)
-            if rest:
-                await self._append(rest, [])
-                self._shipped = rest.stop
-                shipped = True
+            chunks, tasks = await self._take_in(data)
+            shipped = await self._append(chunks, tasks) or shipped
         return shipped
 
-    async def _append(self, chunk: OutputChunk | None, tasks: list[TaskRun]) -> None:
-        chunks = [chunk] if chunk else []
-        call = partial(self._store.append, self._run_id, self._attempt, chunks, tasks)
-        await patiently(call, self._log, "shipping output")
+    async def drain(self) -> tuple[list[OutputChunk], list[TaskRun]]:
+        """Nothing more will be written: ship what is there, but for the last of it. That is to be recorded
+        together with the end of the attempt; call :meth:`recorded` then."""
+        chunks: list[OutputChunk] = []
+        tasks: list[TaskRun] = []
+        async for data in self._pieces():
+            await self._append(chunks, tasks)
+            chunks, tasks = await self._take_in(data)
+        last = self._redact(b"", final=True)
+        return [*chunks, last] if last else chunks, tasks
+
+    def recorded(self) -> None:
+        """The store has all that was handed out."""
         while self._taken:
             self._taken.pop().unlink(missing_ok=True)
+
+    async def _take_in(self, data: bytes) -> tuple[list[OutputChunk], list[TaskRun]]:
+        tasks = [task async for task in self._observe(data)]
+        begin = max(0, self._fed - (self._read - len(data)))
+        chunk = self._redact(data[begin:])
+        return [chunk] if chunk else [], tasks
+
+    async def _append(self, chunks: list[OutputChunk], tasks: list[TaskRun]) -> bool:
+        if not chunks and not tasks:
+            return False
+        call = partial(self._store.append, self._run_id, self._attempt, chunks, tasks)
+        await patiently(call, self._log, "shipping output")
+        self.recorded()
+        return True
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         # A piece per await of the store: local reads of this size are quicker than a trip to a thread.
@@ -116,7 +134,8 @@ class Shipper:
         redacted, covered = self._redactor.feed(data, final)
         if not covered:
             return None
-        return OutputChunk(self._shipped, self._shipped + covered, redacted)
+        start, self._covered = self._covered, self._covered + covered
+        return OutputChunk(start, self._covered, redacted)
 
     # -- events ----------------------------------------------------------------------------------------
 

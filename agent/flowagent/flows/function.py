@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, overload
 
 from flowagent.flows.base import BaseFlow
@@ -33,22 +34,29 @@ class FunctionFlow(BaseFlow):
         self._parameters = self._read_signature()
 
     def _read_signature(self) -> tuple[Parameter, ...]:
-        import inspect
-
         outside = building.get()
         building.set(None)  # they are not parameters of a flow that is being built around this one
         try:
-            found = []
-            for parameter in inspect.signature(self.fn).parameters.values():
-                if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                    raise FlowError(
-                        f"flow {self.name!r}: its parameter {parameter} must have a name to give it by"
-                    )
-                default = {} if parameter.default is parameter.empty else {"default": parameter.default}
-                found.append(Parameter(parameter.name, **default))
-            return tuple(found)
+            names = _plain_parameters(self.fn)
+            if names is None:
+                names = self._inspected_parameters()
+            return tuple([Parameter(name, **default) for name, default in names.items()])
         finally:
             building.set(outside)
+
+    def _inspected_parameters(self) -> dict[str, dict[str, Any]]:
+        import inspect
+
+        found = {}
+        for parameter in inspect.signature(self.fn).parameters.values():
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise FlowError(
+                    f"flow {self.name!r}: its parameter {parameter} must have a name to give it by"
+                )
+            found[parameter.name] = (
+                {} if parameter.default is parameter.empty else {"default": parameter.default}
+            )
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)
@@ -98,6 +106,26 @@ class FunctionFlow(BaseFlow):
                 return State(FAILED, error, f"task {slug} failed: {reason}", origin=(slug, reason))
         log_failure(error)
         return State(FAILED, error, reason_of(error))
+
+
+def _plain_parameters(fn: Callable[..., Any]) -> dict[str, dict[str, Any]] | None:
+    """Name -> its default, if any, of a function as ``def`` makes it; None if it has to be inspected.
+
+    This happens in each run, and inspect touches much memory that is shared with the launcher otherwise."""
+    if type(fn) is not FunctionType or fn.__dict__:  # what wraps or signs it leaves word there
+        return None
+    code = fn.__code__
+    if code.co_flags & (CO_VARARGS | CO_VARKEYWORDS) or code.co_posonlyargcount:
+        return None
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    positional = fn.__defaults__ or ()
+    defaults = dict(zip(names[code.co_argcount - len(positional) :], positional))
+    defaults.update(fn.__kwdefaults__ or {})
+    return {name: {"default": defaults[name]} if name in defaults else {} for name in names}
+
+
+CO_VARARGS, CO_VARKEYWORDS = 4, 8
+"""As in inspect, which is imported only when it is needed."""
 
 
 @overload

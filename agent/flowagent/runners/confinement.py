@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pwd
-import sys
+import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ from flowagent.runtime import cgroups, credentials, isolation, sandbox
 from flowagent.runtime.limits import Limits
 from flowagent.settings import Settings
 
+BYTECODE = "bytecode"
+KEPT_FOR = 30 * 86400.0
+"""Seconds."""
 ENTERED = 0o711
 """The mode of a directory that another user may enter, but not list."""
 SOURCES = ("flows", "sources")
@@ -46,6 +52,8 @@ class Confinement:
             user=_user(settings.run_as, runs),
             cgroups=tuple(sorted(cgroups.find().items())),
         )
+        self._mode = 0o700 if self.rules.user is None else ENTERED
+        self._known: set[str] = set()
         os.makedirs(self.rules.empty, mode=0o555, exist_ok=True)
         self.gaps = sandbox.gaps(self.floor, self.rules)
         """What cannot be enforced here, each in a line."""
@@ -80,12 +88,21 @@ class Confinement:
         parts = [os.path.join(self.rules.home, name) for name in SOURCES]
         return [real] if any(real.startswith(part + os.sep) for part in parts) else []
 
-    def of_authors(self, source: Path) -> list[str]:
-        """Where what authors of flows have put must not be executed outside of the sandbox: their source;
-        unless that is a script right in the home of the agent's user or above, where all else is, too."""
-        real = os.path.realpath(source)
-        mine = (credentials.home(), sys.prefix)
-        return [] if any(os.path.commonpath([real, path]) == real for path in mine) else [str(source), real]
+    def bytecode(self, source: Path) -> str:
+        """The directory for byte code of a source: one for each, so that no run sees another's."""
+        name = hashlib.sha256(os.fsencode(source)).hexdigest()[:32]
+        directory = self._settings.home / BYTECODE / name
+        if name not in self._known:
+            directory.mkdir(mode=self._mode, parents=True, exist_ok=True)
+            self._known.add(name)
+        return str(directory)
+
+    def sweep(self) -> None:
+        """Remove byte code that has not been added to for long; what is still in use is made anew."""
+        with suppress(OSError):
+            for directory in (self._settings.home / BYTECODE).iterdir():
+                if time.time() - directory.stat().st_mtime > KEPT_FOR:
+                    shutil.rmtree(directory, ignore_errors=True)
 
     def hand_over(self, directory: str, source: Path) -> None:
         """Give what is in a run directory for the flow to the user that it runs as, and let that user come to
@@ -157,7 +174,7 @@ def _user(name: str | None, runs: Path) -> tuple[int, int, tuple[int, ...]] | No
 def _open_the_way(runs: Path, uid: int, groups: tuple[int, ...]) -> None:
     """See to it that a user can enter the directories above the run directories, without listing them."""
     home = runs.parents[2]
-    parts = [home / name for name in ("agents", "flows", "sources", "ground")]
+    parts = [home / name for name in ("agents", "flows", "sources", "ground", BYTECODE)]
     for directory in (home, *parts, runs.parent, runs):
         directory.mkdir(mode=0o700, exist_ok=True)  # whoever would make it later would close it
         directory.chmod(directory.stat().st_mode | 0o011)

@@ -53,7 +53,7 @@ def arguments(rules: Rules, run: RunDirectory, spec: Mapping[str, Any], memory: 
     for path in (*credentials.places(), *rules.denied, *rules.covered):
         found += _hide(path)
     found += ["--tmpfs", rules.home]
-    for path in (*sys.path[:1], *spec["readable"]):
+    for path in (*sys.path[:1], spec["bytecode"], *spec["readable"]):
         found += ["--ro-bind", path, path]
     # A source is anywhere; but in the home, which its author does not choose to read, as confinement says.
     for path in (spec["source"]["directory"], sys.prefix, sys.base_prefix):

@@ -80,6 +80,10 @@ def _delegate(directory: str) -> None:
     """Hand the controllers on to the groups below, if the subtree is ours alone to arrange."""
     try:
         wanted = {MEMORY, PIDS} & set(_read(directory + "/cgroup.controllers").split())
+        if directory.endswith(".service") and not os.path.isdir(f"{directory}/{OWN_GROUP}"):
+            # Without DelegateSubgroup=, systemd starts the next agent in this very group, which the kernel
+            # refuses once memory is handed on and runs are still alive below.
+            wanted.discard(MEMORY)
         given = set(_read(directory + "/cgroup.subtree_control").split())
         if wanted <= given:
             return
@@ -175,6 +179,11 @@ class Group:
             self._limited = None
             with suppress(OSError):
                 _write(path, "0")
+
+    def allow_again(self) -> None:
+        """After :meth:`allow_no_more`: the supervisor itself can fork again."""
+        if self._limited is None:
+            self.limit(None, None)
 
     def has_killed(self) -> bool:
         """Whether the kernel has killed here for want of memory since this was asked before."""

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from flowagent.flows.context import context, run_context
 from flowagent.flows.errors import FlowError, Stop
 from flowagent.flows.observer import Observer
 from flowagent.flows.results import LOCATION_NAMES, format_location, result_from_json, serializer_named
-from flowagent.runtime import bubblewrap, linux, loader, sandbox
+from flowagent.runtime import bubblewrap, bytecode, linux, loader, sandbox
 from flowagent.runtime.events import Emitter
 from flowagent.runtime.limits import Limits
 from flowagent.runtime.rundir import RunDirectory
@@ -27,6 +28,7 @@ from flowagent.runtime.warmth import renew
 
 STDIO = 3
 """Descriptors below this are standard input, output and error."""
+MAX_PACKET = 1 << 16
 MAX_REASON = 4000
 """Characters of a reason that are kept."""
 
@@ -35,23 +37,20 @@ class Stopped(Stop):
     """SIGTERM arrived: unwind, so that the flow's own ``finally`` blocks run within the grace."""
 
 
-def run(
-    directory: RunDirectory,
-    prepared: sandbox.Sandbox,
-    limit: Limits,
-    parent: int,
-    output: int,
-    outcome: int,
-    secrets: int | None,
-) -> NoReturn:
-    """Become the flow process of an attempt: confine, load, execute, report, end."""
+def stand_by(connection: socket.socket, prepared: sandbox.Sandbox, parent: int) -> NoReturn:
+    """Become a flow process: get ready, wait for an attempt, confine, load, execute, report, end."""
     code = 70
     try:
-        spec = directory.read_spec()
-        _detach(parent, output)
-        if spec["sandbox"] == sandbox.NAMESPACE:
-            _enter_namespaces(directory, prepared, limit, spec, outcome, secrets)
-        code = _run_flow(directory, prepared, limit, spec, outcome, secrets)
+        _detach(parent)
+        renew()
+        _rehearse()
+        prepared.make_ready()
+        packet, fds, _, _ = socket.recv_fds(connection, MAX_PACKET, 3)
+        if packet:
+            job = json.loads(packet)
+            code = _run(RunDirectory(job["directory"]), prepared, Limits(*job["limits"]), fds)
+        else:
+            code = 0  # not needed any more
     except Stopped:
         code = 128 + signal.SIGTERM
     except BaseException:
@@ -59,6 +58,36 @@ def run(
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _run(directory: RunDirectory, prepared: sandbox.Sandbox, limit: Limits, fds: Sequence[int]) -> int:
+    output, outcome = fds[:2]
+    secrets = fds[2] if len(fds) > 2 else None
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    spec = directory.read_spec()
+    if spec["sandbox"] == sandbox.NAMESPACE:
+        _enter_namespaces(directory, prepared, limit, spec, outcome, secrets)
+    return _run_flow(directory, prepared, limit, spec, outcome, secrets)
+
+
+def _rehearse() -> None:
+    """Run a flow of our own, so that the memory it takes need not be copied when somebody waits for it."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    path, modules = list(sys.path), set(sys.modules)
+    source = {"kind": "script", "directory": os.path.dirname(__file__), "path": "rehearsal.py"}
+    try:
+        emitter = Emitter(null)
+        with run_context({"run_id": "", "parameters": {}, "attempt": 0, "secrets": {}}):
+            loaded = loader.load(source, "rehearsal")
+            emitter.emit("loaded", flow=loaded.flow.name, sha256=loaded.sha256)
+            loaded.flow.execute({}, _Observer(emitter, RunDirectory("/nonexistent")))
+    finally:
+        os.close(null)
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            del sys.modules[name]
 
 
 def run_inside(arguments: Sequence[str]) -> NoReturn:
@@ -70,7 +99,7 @@ def run_inside(arguments: Sequence[str]) -> NoReturn:
             spec = json.load(file)
         prepare_signals()
         prepared = sandbox.Sandbox(sandbox.Rules.from_json(rules)._replace(user=None, cgroups=()))
-        prepared.refresh()
+        prepared.make_ready()
         directory = RunDirectory(spec["run_directory"])
         values = None if secrets == "none" else int(secrets)
         code = _run_flow(directory, prepared, Limits(), spec, int(outcome), values)
@@ -103,21 +132,20 @@ def _run_flow(
     if os.getpid() != myself:
         os._exit(1)  # a process that user code forked came back up here: it speaks for nobody
     os.write(outcome, json.dumps(result).encode())
+    bytecode.leave_word(directory)
     _finish()
     return 0 if result["state"] == "completed" else 1
 
 
-def _detach(parent: int, output: int) -> None:
-    """Leave the supervisor's world: session, signals, standard streams."""
+def _detach(parent: int) -> None:
+    """Leave the supervisor's world. Signals stay blocked until there is something to run."""
     os.setsid()
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the supervisor died before it could take us along
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.close(null)
 
 
 def _enter_namespaces(
@@ -167,7 +195,6 @@ def _read_secrets(fd: int | None) -> dict[str, str]:
 def _settle(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
     """Environment, working directory, streams and import path of the flow."""
     os.umask(0o077)
-    renew()
     environment = dict(spec["env"])
     environment.update(
         HOME=directory.home,
@@ -223,7 +250,7 @@ def _execute(directory: RunDirectory, spec: Mapping[str, Any], secrets: dict[str
 
 def _load_and_run(directory: RunDirectory, spec: Mapping[str, Any], emitter: Emitter) -> dict[str, Any]:
     try:
-        loaded = loader.load(spec["source"], spec["flow_name"])
+        loaded = loader.load({**spec["source"], "bytecode": spec["bytecode"]}, spec["flow_name"])
     except (FlowError, Exception) as error:
         if not isinstance(error, FlowError):
             _print_user_traceback(error)

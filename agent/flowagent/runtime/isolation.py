@@ -67,7 +67,7 @@ def isolate(
     directory: str,
     writable: Sequence[str],
     covered: Iterable[str],
-    empty: str = "/",
+    empty: str,
     memory: int | None = None,
 ) -> None:
     """Have mounts and IPC of this process' own: all read-only but ``directory``, ``writable`` and a new,
@@ -117,7 +117,7 @@ def possible(directory: str) -> str | None:
     if pid == 0:
         try:
             linux.prctl(linux.PR_SET_DUMPABLE, 1)
-            isolate(directory, (), ())
+            isolate(directory, (), (), "")
         except OSError as error:
             os.write(write, (error.strerror or str(error)).encode()[:200])
         finally:

@@ -43,6 +43,9 @@ COMPUTING = ("dri", "kfd", "nvidia", "nvhost", "accel")
 """Devices that flows may use: the harmless ones, and those that begin so: graphics cards and the like."""
 
 
+_syscall = libc.syscall  # looked up once: a flow process that does it writes to memory it shares otherwise
+
+
 def version() -> int:
     """The kernel's ABI version; 0 where there is no Landlock, or it is switched off."""
     return max(0, int(libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), CREATE_RULESET_VERSION)))
@@ -50,7 +53,7 @@ def version() -> int:
 
 def handled(abi: int) -> int:
     """The file system rights that a kernel controls."""
-    return HANDLED[max(known for known in HANDLED if known <= abi)]
+    return HANDLED[5 if abi >= 5 else 3 if abi >= 3 else abi]
 
 
 class Rule:
@@ -70,36 +73,41 @@ class Readable:
         paths = {os.path.realpath(path) for path in denied}
         # What lies below another denied path is no reason to open that one for the sake of its other entries.
         self._denied = {path for path in paths if not any(parent in paths for parent in _parents(path))}
-        self._parents = {parent for path in self._denied for parent in _parents(path)}
-        self._times: dict[str, int] = {}
-        self.rules: list[Rule] = []
+        # Directories on the way: what was seen of each, and the rules for the entries that are not denied.
+        self._seen = {parent: -1 for path in self._denied for parent in _parents(path)} or {"/": -1}
+        self._rules: dict[str, list[Rule]] = {}
+
+    @property
+    def rules(self) -> list[Rule]:
+        return [rule for rules in self._rules.values() for rule in rules]
+
+    def changed(self) -> bool:
+        """Whether the rules may not be what they should be any more."""
+        return any(_changed(path) != seen for path, seen in self._seen.items())
 
     def refresh(self) -> None:
-        """Look whether anything changed since the rules were made, and make them anew if so."""
-        if all(_changed(path) == seen for path, seen in self._times.items()) and self._times:
-            return
-        for rule in self.rules:
-            os.close(rule.fd)
-        self.rules = []
-        self._times = {}
-        self._expand("/")
+        """Make those rules anew that a change since they were made concerns."""
+        for directory, seen in self._seen.items():
+            if _changed(directory) != seen:
+                self._look_into(directory)
 
-    def _expand(self, directory: str) -> None:
+    def _look_into(self, directory: str) -> None:
+        for rule in self._rules.pop(directory, ()):
+            os.close(rule.fd)
         changed = _changed(directory)
         # what changed in this very tick of the clock may change again in it, unnoticed: look again next time
         settled = time.time_ns() - changed > 50_000_000
-        self._times[directory] = changed if settled else -1
+        self._seen[directory] = changed if settled else -1
+        self._rules[directory] = found = []
         try:
             names = os.listdir(directory)
         except OSError:
-            return
+            return  # not there, or a file by now
         for name in names:
-            path = os.path.join(directory, name)
-            if path in self._parents and not os.path.islink(path):
-                self._expand(path)
-            elif path not in self._denied and path != "/dev":
+            path = directory.rstrip("/") + "/" + name
+            if path not in self._denied and path not in self._seen and path != "/dev":
                 with suppress(OSError):
-                    self.rules.append(rule(path, READ))
+                    found.append(rule_for(path, READ))
 
 
 def _parents(path: str) -> Iterable[str]:
@@ -115,7 +123,7 @@ def _changed(path: str) -> int:
         return 0
 
 
-def rule(path: str, rights: int, abi: int = 5) -> Rule:
+def rule_for(path: str, rights: int, abi: int = 5) -> Rule:
     """A rule for a path; of the rights, those that its kind can have.
 
     :raises OSError: it is not there, or is a symbolic link."""
@@ -131,11 +139,11 @@ def rule(path: str, rights: int, abi: int = 5) -> Rule:
 def devices() -> list[str]:
     """The devices of this machine that flows may use."""
     try:
-        names = os.listdir("/dev")
+        with os.scandir("/dev") as entries:
+            found = [entry for entry in entries if not entry.is_symlink()]
     except OSError:
         return []
-    found = ["/dev/" + name for name in names if name in DEVICES or name.startswith(COMPUTING)]
-    return [path for path in found if not os.path.islink(path)]  # ptmx, where it is the one in /dev/pts
+    return [entry.path for entry in found if entry.name in DEVICES or entry.name.startswith(COMPUTING)]
 
 
 class Ruleset:
@@ -160,16 +168,16 @@ class Ruleset:
 
     def add(self, rules: Iterable[Rule]) -> None:
         """Allow what the rules say."""
-        add, ruleset = libc.syscall, self._fd
+        ruleset = self._fd
         for each in rules:
-            if add(ADD_RULE, ruleset, RULE_PATH_BENEATH, each.packed, 0) < 0:
+            if _syscall(ADD_RULE, ruleset, RULE_PATH_BENEATH, each.packed, 0) < 0:
                 checked(-1, "Landlock, a rule")
 
     def allow(self, path: str, rights: int, *, exactly: bool = False) -> None:
         """Allow a path; ``exactly``: only if no link is on the way to it.
 
         :raises OSError: it is not there, or there is a link."""
-        made = rule(path, rights, self._abi)
+        made = rule_for(path, rights, self._abi)
         try:
             if exactly and os.readlink(f"/proc/self/fd/{made.fd}") != path:
                 raise OSError(f"{path} leads elsewhere by now")

@@ -74,6 +74,8 @@ class Launcher:
         self._idle_exit = idle_exit
         self._selector = selectors.DefaultSelector()
         self._peers: list[_Peer] = []  # oldest first
+        # Pids alone would not do: another pid namespace, as of a container, may have the same ones.
+        self._names = os.urandom(6).hex()
         self._forked: set[int] = set()  # pids of supervisors that have not been collected yet
         self._supervisors: dict[int, socket.socket] = {}
         self._idle: list[int] = []  # pids of supervisors without an attempt, longest idle first
@@ -212,7 +214,7 @@ class Launcher:
             raise
         if pid == 0:
             ours.close()
-            self._job = lambda: supervisor.serve(theirs, self._sandbox)
+            self._job = lambda: supervisor.serve(theirs, self._sandbox, self._names)
             return True
         theirs.close()
         ours.setblocking(False)
@@ -286,7 +288,7 @@ class Launcher:
     def _bury(self, pid: int, killed: bool) -> None:
         self._forked.remove(pid)
         self._retire(pid)
-        group = cgroups.Group(dict(self._sandbox.rules.cgroups), str(pid))
+        group = cgroups.Group(dict(self._sandbox.rules.cgroups), f"{self._names}-{pid}")
         if killed:
             group.kill()
         group.remove()

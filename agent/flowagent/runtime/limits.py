@@ -54,13 +54,13 @@ def excess(name: str, limit: float) -> Excess:
     """What to say of it."""
     amount = size(limit) if name in SIZES else f"{limit:g} s" if name in DURATIONS else f"{limit:g}"
     what = {
-        "memory": "memory",
+        "memory": "of memory",
         "processes": "processes",
-        "cpu_time": "CPU time",
-        "output": "output",
-        "disk": "disk space for its files",
+        "cpu_time": "of CPU time",
+        "output": "of output",
+        "disk": "of disk space",
     }[name]
-    return Excess(name, f"it used more than its limit of {amount} {'of ' if name in SIZES else ''}{what}")
+    return Excess(name, f"it used more than its limit of {amount} {what}")
 
 
 def size(number: float) -> str:

@@ -8,6 +8,8 @@ from contextlib import suppress
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
+for _name in ("prctl", "capset", "unshare", "mount", "fallocate"):
+    getattr(libc, _name)  # looked up once, here: it is kept then
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4

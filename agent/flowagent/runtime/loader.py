@@ -7,6 +7,7 @@ directory and the source's root on ``sys.path``, relative imports within package
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 import importlib
 import os
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from flowagent.flows.base import BaseFlow
 from flowagent.flows.errors import FlowLoadError, FlowNotFoundError
 from flowagent.flows.loading import loading
+from flowagent.runtime import bytecode
 
 
 class Loaded(NamedTuple):
@@ -33,12 +35,15 @@ def load(source: Mapping[str, Any], name: str | None) -> Loaded:
     """Load flow ``name`` from a source as the run's spec describes it.
 
     ``source``: ``kind`` script, pickle or module; ``directory``, ``path`` relative to it, ``module``,
-    ``sha256`` to insist on, ``made_with``. Exceptions of user code pass through as they are.
+    ``sha256`` to insist on, ``made_with``, ``bytecode``. Exceptions of user code pass through as they are.
 
     :raises FlowLoadError: the definition cannot be found, read or trusted, or holds no such flow."""
     kind = source["kind"]
     if kind == "script":
-        module, executed = load_script(_inside(source), source["directory"], source.get("sha256"))
+        root, kept = source["directory"], source.get("bytecode")
+        if kept is not None:
+            bytecode.use(kept, root)
+        module, executed = load_script(_inside(source), root, source.get("sha256"), kept)
         return Loaded(choose(flows_in(module), name, source["path"]), executed)
     if kind == "pickle":
         return _load_pickle(source)
@@ -48,8 +53,12 @@ def load(source: Mapping[str, Any], name: str | None) -> Loaded:
     raise FlowLoadError(f"unknown kind of source {kind!r}; is the agent older than the registration?")
 
 
-def load_script(path: str, root: str, sha256: str | None = None) -> tuple[ModuleType, str]:
-    """Execute a script as a module; the module and the sha-256 of the text that ran."""
+def load_script(
+    path: str, root: str, sha256: str | None = None, kept: str | None = None
+) -> tuple[ModuleType, str]:
+    """Execute a script as a module; the module and the sha-256 of the text that ran.
+
+    ``kept``: where byte code is, see :mod:`flowagent.runtime.bytecode`."""
     try:
         with open(path, "rb") as file:
             text = file.read()
@@ -70,7 +79,7 @@ def load_script(path: str, root: str, sha256: str | None = None) -> tuple[Module
     stem = "".join(
         [letter if letter.isalnum() else "_" for letter in path[len(directory) + 1 :].split(".")[0]]
     )
-    name = f"_flow_{stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    name = f"_flow_{stem}_{binascii.crc32(path.encode()):08x}"
     if package:
         name = package + "." + name
     # Made by hand: what importlib does for this touches many pages of memory that a fork shares otherwise.
@@ -83,7 +92,7 @@ def load_script(path: str, root: str, sha256: str | None = None) -> tuple[Module
     try:
         with loading():
             # These very bytes are what the digest speaks of, whatever is written to the file meanwhile.
-            exec(compile(text, path, "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+            exec(bytecode.compiled(text, path, kept), module.__dict__)  # noqa: S102
     except BaseException:
         sys.modules.pop(name, None)
         raise
@@ -183,12 +192,26 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _inside(source: Mapping[str, Any]) -> str:
-    """The absolute path of the definition. :raises FlowLoadError: it lies outside the source."""
-    root = os.path.realpath(source["directory"])
-    path = os.path.realpath(os.path.join(root, source["path"]))
-    if os.path.isabs(source["path"]) or os.path.commonpath([root, path]) != root:
-        raise FlowLoadError("the path {!r} leaves the source".format(source["path"]))
-    return os.path.join(root, os.path.normpath(str(source["path"])))
+    """The absolute path of the definition. :raises FlowLoadError: it lies outside the source, or is missing.
+
+    Asked of the kernel, by descriptors: os.path does it with many calls, in each run."""
+    name = str(source["path"])
+    root = _real(source["directory"])
+    path = root + "/" + (name if "./" not in name and "//" not in name else os.path.normpath(name))
+    if name.startswith("/") or not _real(path).startswith(root.rstrip("/") + "/"):
+        raise FlowLoadError(f"the path {name!r} leaves the source")
+    return path
+
+
+def _real(path: str) -> str:
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise FlowLoadError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def _package_of(directory: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@
       status      supervisor -> agent   a journal of JSON lines; locked for the supervisor's life
       output      the flow process's output, see flowagent.runtime.events
       outcome     what the flow process says of its own end; nothing of it is trusted beyond its own run
-      work/       the flow's own: its working directory, home/, tmp/, results/
+      work/       the flow's own: its working directory, home/, tmp/, results/; .uncompiled: see bytecode
 
 The status file's POSIX lock says whether the supervisor lives, and who it is, without races on reused pids:
 the kernel drops it when the process dies.
@@ -66,6 +66,7 @@ class RunDirectory:
         self.home = self.work + "/home"
         self.tmp = self.work + "/tmp"  # noqa: S108
         self.results = self.work + "/results"
+        self.uncompiled_path = self.work + "/.uncompiled"
 
     # -- written by the agent --------------------------------------------------------------------------
 
@@ -78,8 +79,12 @@ class RunDirectory:
 
     def read_spec(self) -> dict[str, Any]:
         """:raises FileNotFoundError: the agent died before it was written."""
-        with open(self.spec_path, "rb") as file:
-            spec: dict[str, Any] = json.load(file)
+        fd = os.open(self.spec_path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(fd, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+        spec: dict[str, Any] = json.loads(data.decode())
         return spec
 
     def write_lease(self, deadline: float) -> None:
@@ -211,7 +216,7 @@ class RunDirectory:
 
     def remove_own(self) -> bool:
         """Delete what flowagent made, which is quick; whether that was all."""
-        for path in self._files:
+        for path in (*self._files, self.uncompiled_path):
             with contextlib.suppress(OSError):
                 os.unlink(path)
         try:

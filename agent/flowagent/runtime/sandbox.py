@@ -54,7 +54,7 @@ class Rules(NamedTuple):
 
     @property
     def empty(self) -> str:
-        """A directory with nothing in it, of the agent's."""
+        """A directory of the agent's with nothing in it."""
         return os.path.join(os.path.dirname(self.runs), "empty")
 
     def to_json(self) -> str:
@@ -176,15 +176,28 @@ class Sandbox:
         self.isolates = isolation.possible(rules.runs) is None
         self._readable = landlock.Readable([*credentials.places(), *rules.denied, rules.home])
         self._everywhere = [
-            landlock.rule("/", landlock.READ_DIR),  # names may be seen, everywhere
-            *(landlock.rule(path, WRITE_DEVICE) for path in landlock.devices()),
+            landlock.rule_for("/", landlock.READ_DIR),  # names may be seen, everywhere
+            *(landlock.rule_for(path, WRITE_DEVICE) for path in landlock.devices()),
         ]
+        self._ruleset: landlock.Ruleset | None = None
         self._filters = seccomp.programs(self.abi >= landlock.TRUNCATE_SINCE) if seccomp.available() else {}
 
     def refresh(self) -> None:
-        """Once before each fork: what has changed in the file system since."""
+        """Before each fork: what has changed in the file system since."""
         if self.abi:
             self._readable.refresh()
+
+    def make_ready(self) -> None:
+        """In a process that will confine itself later: what does not depend on the run."""
+        if self.abi:
+            self._readable.refresh()
+            self._ruleset = self._common_ruleset({})
+
+    def _common_ruleset(self, ports: Mapping[str, Any]) -> landlock.Ruleset:
+        ruleset = landlock.Ruleset(self.abi, connect=ports.get("connect"), bind=ports.get("bind"))
+        ruleset.add(self._everywhere)
+        ruleset.add(self._readable.rules)
+        return ruleset
 
     def confine(self, level: str, run: RunDirectory, spec: Mapping[str, Any], limit: limits.Limits) -> None:
         """Apply a level to the calling process, for ever. :raises OSError: fail closed."""
@@ -240,14 +253,14 @@ class Sandbox:
     def _restrict(self, run: RunDirectory, spec: Mapping[str, Any], isolated: bool, namespaces: bool) -> None:
         grants = spec["grants"]
         network = grants["network"]
-        ports: Mapping[str, Any] = network if type(network) is dict else {}
-        ruleset = landlock.Ruleset(self.abi, connect=ports.get("connect"), bind=ports.get("bind"))
+        ruleset = self._ruleset
+        if ruleset is None or type(network) is dict or self._readable.changed():
+            self._readable.refresh()
+            ruleset = self._common_ruleset(network if type(network) is dict else {})
         every = landlock.handled(self.abi) & ~(landlock.MAKE_CHAR | landlock.MAKE_BLOCK)
-        ruleset.add(self._everywhere)
-        ruleset.add(self._readable.rules)
         ruleset.allow(run.work, every)
         ruleset.allow(run.output_path, landlock.WRITE_FILE)
-        for path in (*sys.path[:1], *spec["readable"]):
+        for path in (*sys.path[:1], spec["bytecode"], *spec["readable"]):
             ruleset.allow(path, landlock.READ)
         for path in grants["read"]:
             ruleset.allow(path, landlock.READ, exactly=True)

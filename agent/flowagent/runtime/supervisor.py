@@ -21,11 +21,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from flowagent.runtime import linux
+from flowagent.runtime import bytecode, linux
 from flowagent.runtime.cgroups import Group
 from flowagent.runtime.limits import FIRST_LOOK, Excess, Limits, Watch, excess
 from flowagent.runtime.rundir import RunDirectory, boottime
 from flowagent.runtime.sandbox import NAMESPACE, Sandbox
+from flowagent.runtime.standby import FlowProcess
 
 WATCHED = (signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM)
 RESERVED = 1 << 13
@@ -36,24 +37,29 @@ MOST_ATTEMPTS = 1000
 """After so many attempts a supervisor makes room for a fresh one."""
 
 
-def serve(connection: socket.socket, sandbox: Sandbox) -> None:
-    """Execute attempts as the launcher sends them, one after the other, until it closes the connection."""
+def serve(connection: socket.socket, sandbox: Sandbox, names: str) -> None:
+    """Execute attempts as the launcher sends them, one after the other, until it closes the connection.
+
+    ``names``: with what the names of the launcher's control groups begin."""
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.umask(0o077)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     linux.set_process_name("flowagent-run")
-    group = Group.enter(dict(sandbox.rules.cgroups), str(os.getpid()))
+    group = Group.enter(dict(sandbox.rules.cgroups), f"{names}-{os.getpid()}")
     for number in range(1, MOST_ATTEMPTS + 1):
+        group.allow_again()
+        process = FlowProcess(sandbox, connection)
         packet, fds, _, _ = socket.recv_fds(connection, MAX_PACKET, MAX_FDS)
         if not packet:
             return
         job = json.loads(packet)
         handed = dict(zip(job["fds"], fds))
         try:
-            supervise(job, sandbox, group, handed.get("secrets"))
+            supervise(job, process, group, handed.get("secrets"))
         finally:
+            process.close()
             for fd in fds:
                 with suppress(OSError):
                     os.close(fd)
@@ -62,22 +68,25 @@ def serve(connection: socket.socket, sandbox: Sandbox) -> None:
                 connection.send(b"done")
 
 
-def supervise(job: Mapping[str, Any], sandbox: Sandbox, group: Group, secrets: int | None) -> None:
+def supervise(job: Mapping[str, Any], process: FlowProcess, group: Group, secrets: int | None) -> None:
     """Execute one attempt to its end. Raises nothing: what goes wrong is noted as the end."""
     run = RunDirectory(job["directory"])
     while signal.sigtimedwait(WATCHED, 0):
         pass  # meant for an attempt before this one
     try:
         status = run.open_status()
-    except OSError:
-        return  # another supervisor has, or had, this attempt: asking twice is harmless
+    except OSError:  # another supervisor has, or had, this attempt: asking twice is harmless
+        kill_descendants(None, group)
+        return
     try:
         try:
             _reserve(status)
-            end = _Attempt(run, status, job, sandbox, group).execute(secrets)
+            end = _Attempt(run, status, job, process, group).execute(secrets)
         except Exception as error:
-            kill_descendants(None, group)
             end = {"ended": True, "error": f"{type(error).__name__}: {error}"}
+        kill_descendants(None, group)
+        with suppress(OSError):
+            bytecode.keep(run)  # before the end is known: then the directory may go
         _note(status, dict(end, time=time.time()))
     finally:
         os.close(status)
@@ -100,11 +109,11 @@ def _reserve(status: int) -> None:
 
 class _Attempt:
     def __init__(
-        self, run: RunDirectory, status: int, job: Mapping[str, Any], sandbox: Sandbox, group: Group
+        self, run: RunDirectory, status: int, job: Mapping[str, Any], process: FlowProcess, group: Group
     ) -> None:
         self._run = run
         self._status = status
-        self._sandbox = sandbox
+        self._process = process
         self._group = group
         self._limits = Limits(**job["limits"])
         self._level = str(job["level"])
@@ -113,7 +122,7 @@ class _Attempt:
         self._stop_kind: str | None = None  # timeout, lease, stop, limit
         self._excess: Excess | None = None
         self._kill_at: float | None = None  # boottime of the SIGKILL that follows a SIGTERM
-        self._main: int | None = None
+        self._main = process.pid
         self._main_status: int | None = None
         self._peak_memory = 0  # bytes, of the largest process
         self._cpu_time = 0.0
@@ -123,21 +132,13 @@ class _Attempt:
         output = os.open(self._run.output_path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         outcome = os.open(self._run.outcome_path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
-            parent = os.getpid()
-            _note(self._status, {"supervisor": parent, "started": time.time(), "boottime": boottime()})
+            begun = {"supervisor": os.getpid(), "started": time.time(), "boottime": boottime()}
+            _note(self._status, {**begun, "pid": self._main})
             if boottime() >= self._read_lease():
                 return {"ended": True, "stop": "lease", "reason": "its lease ran out before it began"}
             self._group.limit(self._limits.memory, self._limits.processes)
-            self._sandbox.refresh()
-            self._main = os.fork()
-            if self._main == 0:
-                # Nothing returns from here; flowagent.runtime.child ends the process.
-                from flowagent.runtime import child
-
-                child.run(self._run, self._sandbox, self._limits, parent, output, outcome, secrets)
-            if secrets is not None:
-                os.close(secrets)
-            _note(self._status, {"pid": self._main})
+            fds = [output, outcome, *([] if secrets is None else [secrets])]
+            self._process.begin(self._run.path, self._limits, fds)
             self._watch()
             leftovers = self._kill()
             return self._end(leftovers, os.fstat(outcome).st_size)
@@ -249,7 +250,7 @@ class _Attempt:
     def _stop(self, kind: str, grace: float, now: float) -> None:
         self._stop_kind = kind
         self._kill_at = now + grace
-        if grace > 0 and self._main is not None:
+        if grace > 0:
             try:
                 os.killpg(self._main, signal.SIGTERM)
                 os.killpg(self._main, signal.SIGCONT)  # a stopped process hears nothing

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 
 import anyio
-from anyio import to_thread
 
 from flowagent.backend import Backend, Revision
 from flowagent.errors import SourceCacheError
@@ -50,7 +49,7 @@ class Source:
 class _Flight:
     """One materialisation under way in this process. Without an error at its end, look again."""
 
-    landed: anyio.Event = field(default_factory=anyio.Event)
+    landed: anyio.Event = field(default_factory=lambda: anyio.Event())
     error: Exception | None = None
 
 
@@ -112,11 +111,11 @@ class SourceCache:
 
     async def sweep(self) -> int:
         """Remove what crashed processes left half-done; how many. Call it once, at the start of an agent."""
-        return await to_thread.run_sync(collection.sweep, self._root)
+        return await anyio.to_thread.run_sync(collection.sweep, self._root)
 
     async def entries(self) -> list[CacheEntry]:
         """All sources in the cache, least recently used first."""
-        return await to_thread.run_sync(collection.entries, self._root)
+        return await anyio.to_thread.run_sync(collection.entries, self._root)
 
     async def prune(
         self, *, max_bytes: int | None = None, max_age: float | None = None, keep: int = 0
@@ -125,11 +124,11 @@ class SourceCache:
 
         Those not used for ``max_age`` seconds go, then as many as it takes to stay within
         ``max_bytes``; the ``keep`` most recently used are spared."""
-        return await to_thread.run_sync(collection.prune, self._root, max_bytes, max_age, keep)
+        return await anyio.to_thread.run_sync(collection.prune, self._root, max_bytes, max_age, keep)
 
     async def verify(self) -> list[CacheEntry]:
         """Read everything, and take out of the cache what is not what was published; says which."""
-        broken = await to_thread.run_sync(collection.verify, self._root)
+        broken = await anyio.to_thread.run_sync(collection.verify, self._root)
         self._trusted -= {entry.key for entry in broken}
         return broken
 
@@ -148,7 +147,7 @@ class SourceCache:
         if manifest is None:
             return await self._quarantine(place)
         if manifest.boot != boot():
-            if not await to_thread.run_sync(place.whole, manifest):
+            if not await anyio.to_thread.run_sync(place.whole, manifest):
                 return await self._quarantine(place)
             with _reported(place, manifest.backend, manifest.revision):
                 write_manifest(place.directory, dataclasses.replace(manifest, boot=boot()))
@@ -162,7 +161,7 @@ class SourceCache:
             manifest = place.manifest()
             if manifest is not None and manifest.boot == boot():
                 return place.source.is_dir()  # another process has put a good one there
-            await to_thread.run_sync(collection.discard, place)
+            await anyio.to_thread.run_sync(collection.discard, place)
         finally:
             os.close(lock)
         return False
@@ -202,12 +201,12 @@ class SourceCache:
                     raise SourceCacheError(
                         f"it took longer than {self._timeout:g} s; try again, or look at its host"
                     )
-                await to_thread.run_sync(_complete, temporary, backend.type, revision.id)
-                await to_thread.run_sync(_publish, temporary, place)
+                await anyio.to_thread.run_sync(_complete, temporary, backend.type, revision.id)
+                await anyio.to_thread.run_sync(_publish, temporary, place)
         finally:
             if temporary.exists():
                 with anyio.CancelScope(shield=True), suppress(OSError):  # else the next sweep removes it
-                    await to_thread.run_sync(trees.remove, temporary)
+                    await anyio.to_thread.run_sync(trees.remove, temporary)
             os.close(guard)
 
     async def _lock(self, path: Path, kind: int) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
 from flowagent.errors import UsageError
 from flowagent.store.database import Database
 from flowagent.store.protocol import CANCEL, WORK, Doorbell, Store, progress
 from flowagent.store.sql import SQLStore
 
-__all__ = ["CANCEL", "WORK", "Doorbell", "SQLStore", "Store", "open_store", "progress"]
+__all__ = ["CANCEL", "WORK", "Doorbell", "SQLStore", "Store", "ask", "open_store", "progress", "run"]
+
+T = TypeVar("T")
 
 
 async def open_store(url: str, *, create: bool = True) -> SQLStore:
@@ -24,8 +28,38 @@ async def open_store(url: str, *, create: bool = True) -> SQLStore:
     return SQLStore(await _open_database(url, create))
 
 
+def ask(url: str, job: Callable[[Store], Coroutine[Any, Any, T]]) -> T:
+    """Run a job on the store at a URL that waits for nothing but the store; errors as of :func:`open_store`.
+
+    A store on SQLite needs no event loop for that, which is most of the start-up of a command."""
+    if _scheme(url) == "sqlite":
+        from flowagent.store.direct import DirectDatabase, finish
+
+        store = SQLStore(DirectDatabase(url, _sqlite_path(url)))
+        try:
+            return finish(job(store))
+        finally:
+            finish(store.close())
+    return run(url, job)
+
+
+def run(url: str, job: Callable[[Store], Coroutine[Any, Any, T]]) -> T:
+    """Run any job on the store at a URL, in an event loop of its own; errors as of :func:`open_store`."""
+    import anyio
+
+    async def with_open_store() -> T:
+        store = await open_store(url)
+        try:
+            return await job(store)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await store.close()
+
+    return anyio.run(with_open_store)
+
+
 async def _open_database(url: str, create: bool) -> Database:
-    scheme = url.partition("://")[0].lower()
+    scheme = _scheme(url)
     if scheme == "sqlite":
         from flowagent.store.sqlite import SQLiteDatabase
 
@@ -43,6 +77,10 @@ async def _open_database(url: str, create: bool) -> Database:
             "a store behind a flowagent server is not part of this version; use sqlite:/// or postgresql://"
         )
     raise UsageError("the URL of the store must begin with sqlite:/// or postgresql://")
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0].lower()
 
 
 def _sqlite_path(url: str) -> Path:

@@ -6,13 +6,26 @@ the attempt; before that nobody else can have claimed the run, and the agent may
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from flowagent.errors import LeaseLostError, StoreError
-from flowagent.models import LIVE, AgentInfo, Claim, Held, Outcome, OutputChunk, Run, State, TaskRun
+from flowagent.models import (
+    LIVE,
+    AgentInfo,
+    Claim,
+    Claims,
+    FlowSpec,
+    Held,
+    Outcome,
+    OutputChunk,
+    Run,
+    State,
+    TaskRun,
+)
 from flowagent.store import rows
 from flowagent.store.database import Row, Transaction
+from flowagent.store.flows import specs as read_specs
 from flowagent.store.labelsets import LabelSets
 from flowagent.store.protocol import WORK, progress
 from flowagent.store.runs import existing
@@ -20,6 +33,8 @@ from flowagent.store.states import IS_LIVE, move_attempt, move_run, within
 
 MOST_LOSSES = 10
 """How often a run may be lost before it started; then something about it kills agents."""
+MOST_SPECS = 1000
+"""Flow versions whose specs are kept in memory."""
 
 # -- claiming ------------------------------------------------------------------------------------------
 
@@ -28,31 +43,47 @@ _ATTEMPT = """
     SELECT id, attempt, 'pending', :agent, :now + :lease, :now
     FROM run WHERE id IN (SELECT value FROM {each})"""
 _CLAIMED = """
-    SELECT {columns}, a.lease_expires, v.spec {tables}
+    SELECT {columns}, a.lease_expires {tables}
     WHERE r.id IN (SELECT value FROM {each}) ORDER BY r.due, r.id"""
 
 
+class Known(NamedTuple):
+    """What never changes in a store, as of some transaction: to be kept after its commit, and only then."""
+
+    sets: LabelSets = LabelSets()
+    specs: Mapping[int, FlowSpec] = {}  # by version id
+
+    def with_versions(self, tx: Transaction, wanted: set[int]) -> Known:
+        new = wanted - self.specs.keys()
+        if not new:
+            return self
+        kept = self.specs if len(self.specs) + len(new) <= MOST_SPECS else {}
+        return self._replace(specs={**kept, **read_specs(tx, wanted - kept.keys())})
+
+
 def claim(
-    tx: Transaction, sets: LabelSets, agent: AgentInfo, capacity: int, lease: float
-) -> tuple[list[Claim], LabelSets]:
-    """What was claimed, and the label sets as far as they were known."""
-    sets = sets.refreshed(tx)
-    items = sets.served_by(agent)
-    due = _due_runs(tx, items, capacity) if capacity > 0 and items != "[]" else []
-    if not due:
-        return [], sets
-    for run_id in due:
-        move_run(tx, run_id, State.PENDING, "attempt = attempt + 1, reason = NULL")
-    each = tx.dialect.each
-    values = {"items": rows.to_json(due), "agent": agent.name, "lease": lease}
-    tx.execute(_ATTEMPT.format(each=each), values)
-    claimed = tx.execute(_CLAIMED.format(columns=rows.RUN_COLUMNS, tables=rows.RUN_TABLES, each=each), values)
-    claims = []
-    for *columns, lease_expires, spec in claimed:
-        run = rows.run(tuple(columns))
-        tx.ring(progress(run.id))
-        claims.append(Claim(run, run.attempt, lease_expires, rows.flow_spec(spec)))
-    return claims, sets
+    tx: Transaction, known: Known, agent: AgentInfo, capacity: int, lease: float
+) -> tuple[Claims, Known]:
+    known = known._replace(sets=known.sets.refreshed(tx))
+    items = known.sets.served_by(agent)
+    if capacity <= 0 or items == "[]":
+        return Claims(), known
+    due = _due_runs(tx, items, capacity)
+    claims = Claims()
+    if due:
+        for run_id in due:
+            move_run(tx, run_id, State.PENDING, "attempt = attempt + 1, reason = NULL")
+            tx.ring(progress(run_id))
+        each = tx.dialect.each
+        values = {"items": rows.to_json(due), "agent": agent.name, "lease": lease}
+        tx.execute(_ATTEMPT.format(each=each), values)
+        statement = _CLAIMED.format(columns=rows.RUN_COLUMNS, tables=rows.RUN_TABLES, each=each)
+        runs = [(rows.run(tuple(columns)), until) for *columns, until in tx.execute(statement, values)]
+        known = known.with_versions(tx, {run.version_id for run, _ in runs})
+        claims += (Claim(run, run.attempt, until, known.specs[run.version_id]) for run, until in runs)
+    if len(due) < capacity:
+        ((claims.next_due,),) = tx.execute(_next_due(tx), {"items": items})
+    return claims, known
 
 
 def _due_runs(tx: Transaction, items: str, capacity: int) -> list[str]:
@@ -70,11 +101,11 @@ def _any_due(tx: Transaction, items: str) -> bool:
     return when is not None and when <= now
 
 
-def next_due(tx: Transaction, sets: LabelSets, agent: AgentInfo) -> tuple[float | None, LabelSets]:
-    """When the next run is due that the agent can take, and the label sets as far as they were known."""
-    sets = sets.refreshed(tx)
-    ((when,),) = tx.execute(_next_due(tx), {"items": sets.served_by(agent)})
-    return when, sets
+def next_due(tx: Transaction, known: Known, agent: AgentInfo) -> tuple[float | None, Known]:
+    """When the next run is due that the agent can take."""
+    known = known._replace(sets=known.sets.refreshed(tx))
+    ((when,),) = tx.execute(_next_due(tx), {"items": known.sets.served_by(agent)})
+    return when, known
 
 
 def _next_due(tx: Transaction) -> str:
@@ -166,6 +197,13 @@ def append(
     tx: Transaction, run_id: str, attempt: int, chunks: Sequence[OutputChunk], tasks: Sequence[TaskRun]
 ) -> None:
     _hold(tx, run_id, attempt)
+    _add(tx, run_id, attempt, chunks, tasks)
+    tx.ring(progress(run_id))
+
+
+def _add(
+    tx: Transaction, run_id: str, attempt: int, chunks: Sequence[OutputChunk], tasks: Sequence[TaskRun]
+) -> None:
     key = {"run_id": run_id, "attempt": attempt}
     if chunks:
         tx.execute_many(
@@ -173,7 +211,6 @@ def append(
         )
     if tasks:
         tx.execute_many(_TASK, [{**key, **_task_values(each)} for each in tasks])
-    tx.ring(progress(run_id))
 
 
 def _task_values(task: TaskRun) -> dict[str, object]:
@@ -191,10 +228,18 @@ def _task_values(task: TaskRun) -> dict[str, object]:
 # -- ending ----------------------------------------------------------------------------------------------
 
 
-def finish(tx: Transaction, run_id: str, attempt: int, outcome: Outcome) -> Run:
+def finish(
+    tx: Transaction,
+    run_id: str,
+    attempt: int,
+    outcome: Outcome,
+    chunks: Sequence[OutputChunk],
+    tasks: Sequence[TaskRun],
+) -> Run:
     if not outcome.state.terminal:
         raise StoreError(f"attempt {attempt} of run {run_id} cannot end as {outcome.state}")
     held = _hold(tx, run_id, attempt)
+    _add(tx, run_id, attempt, chunks, tasks)
     _end_attempt(tx, held, outcome)
     if outcome.state in (State.FAILED, State.CRASHED) and outcome.retryable and _may_retry(held):
         _reschedule(tx, held, outcome.reason, delay=held.retry_delay, retries=1)

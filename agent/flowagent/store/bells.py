@@ -11,12 +11,15 @@ import os
 import re
 import select
 import socket
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
 
+SETTLED = 0.1
+"""Seconds after which a further change of a directory surely shows in its time; the kernel's step is 0.01."""
 _TOPIC = re.compile(r"[\w-]{1,200}")
 
 
@@ -25,17 +28,34 @@ class Bells:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._listed: tuple[tuple[int, int, int], list[str]] | None = None
 
     def ring(self, topics: Iterable[str]) -> None:
         """Wake the listeners of the topics, without waiting for any of them. Never raises."""
         wanted = frozenset(topics)
-        with suppress(OSError), ExitStack() as stack:
-            directory = _open(self._directory, stack)
-            names = [name for name in _sockets(directory) if name.partition(".")[0] in wanted]
+        if not wanted:
+            return
+        with suppress(OSError):
+            names = [name for name in self._listeners() if name.partition(".")[0] in wanted]
             if names:
-                sender = stack.enter_context(_datagram_socket())
-                for name in names:
-                    _send(sender, directory, name)
+                with ExitStack() as stack:
+                    directory = _open(self._directory, stack)
+                    sender = stack.enter_context(_datagram_socket())
+                    for name in names:
+                        _send(sender, directory, name)
+
+    def _listeners(self) -> list[str]:
+        """The sockets there are. The directory is listed again only when it has changed."""
+        status = os.stat(self._directory)
+        version = status.st_dev, status.st_ino, status.st_mtime_ns
+        if self._listed is not None and self._listed[0] == version:
+            return self._listed[1]
+        now = time.time()
+        with ExitStack() as stack:
+            names = _sockets(_open(self._directory, stack))
+        # while it is this new, it could change once more and keep its time
+        self._listed = (version, names) if status.st_mtime < now - SETTLED else None
+        return names
 
     @asynccontextmanager
     async def listen(self, topics: Sequence[str]) -> AsyncIterator[_Listener]:

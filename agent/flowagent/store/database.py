@@ -66,8 +66,11 @@ class Database(Protocol):
     dialect: Dialect
     url: str
     """Without credentials."""
-    commits: int
-    """How many write transactions were committed; one may hold many writes."""
+
+    @property
+    def commits(self) -> int:
+        """How many write transactions were committed; one may hold many writes."""
+        ...
 
     async def write(self, operation: Callable[[Transaction], T]) -> T:
         """Run an operation and commit: when this returns, it is on disk.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from flowagent.errors import NotFoundError
 from flowagent.models import FlowSpec, FlowVersion, Registration
 from flowagent.store import rows
@@ -71,6 +73,16 @@ def version(tx: Transaction, version_id: int) -> FlowVersion:
     if not found:
         raise NotFoundError(f"no flow version has the id {version_id}; see `flowagent flows`")
     return found[0]
+
+
+def specs(tx: Transaction, version_ids: Iterable[int]) -> dict[int, FlowSpec]:
+    """The specs of versions, by id."""
+    found = tx.execute(
+        f"SELECT id, spec FROM flow_version "  # noqa: S608
+        f"WHERE id IN (SELECT CAST(value AS INTEGER) FROM {tx.dialect.each})",
+        {"items": rows.to_json(list(version_ids))},
+    )
+    return {id: rows.flow_spec(spec) for id, spec in found}
 
 
 def _versions(tx: Transaction, condition: str, **values: object) -> list[FlowVersion]:

@@ -14,7 +14,7 @@ from typing import Protocol
 from flowagent.models import (
     AgentInfo,
     Attempt,
-    Claim,
+    Claims,
     FlowSpec,
     FlowVersion,
     Held,
@@ -138,7 +138,7 @@ class Store(Protocol):
 
     # -- the path of an attempt; statements are few and batched -----------------------------------------
 
-    async def claim(self, agent: AgentInfo, capacity: int, lease: float) -> list[Claim]:
+    async def claim(self, agent: AgentInfo, capacity: int, lease: float) -> Claims:
         """Lease up to ``capacity`` due runs whose labels this agent carries, oldest due first.
 
         Each becomes a new pending attempt; no other claim can get it. Cost is flat in the queue length."""
@@ -171,9 +171,17 @@ class Store(Protocol):
         """How many raw bytes of the attempt's output the store has."""
         ...
 
-    async def finish(self, run_id: str, attempt: int, outcome: Outcome) -> Run:
+    async def finish(
+        self,
+        run_id: str,
+        attempt: int,
+        outcome: Outcome,
+        chunks: Sequence[OutputChunk] = (),
+        tasks: Sequence[TaskRun] = (),
+    ) -> Run:
         """End the attempt, and the run with it unless retries are left: then it is scheduled again.
 
+        The last of its output and task states is added in the same transaction, as by :meth:`append`.
         ``outcome.revision``, if given, replaces the one recorded at the start.
 
         :raises LeaseLostError: the attempt is not held any more."""

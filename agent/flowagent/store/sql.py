@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from flowagent.models import (
     AgentInfo,
     Attempt,
-    Claim,
+    Claims,
     FlowSpec,
     FlowVersion,
     Held,
@@ -22,7 +22,6 @@ from flowagent.models import (
 )
 from flowagent.store import agents, attempts, flows, runs
 from flowagent.store.database import Database
-from flowagent.store.labelsets import LabelSets
 from flowagent.store.protocol import Doorbell
 
 
@@ -32,7 +31,7 @@ class SQLStore:
     def __init__(self, database: Database) -> None:
         self.url = database.url
         self.database = database
-        self._label_sets = LabelSets()
+        self._known = attempts.Known()
 
     async def close(self) -> None:
         await self.database.close()
@@ -101,21 +100,17 @@ class SQLStore:
 
     # -- the path of an attempt ------------------------------------------------------------------------
 
-    async def claim(self, agent: AgentInfo, capacity: int, lease: float) -> list[Claim]:
-        known = self._label_sets
-        claims, sets = await self.database.write(lambda tx: attempts.claim(tx, known, agent, capacity, lease))
-        self._keep(sets)
+    async def claim(self, agent: AgentInfo, capacity: int, lease: float) -> Claims:
+        known = self._known
+        claims, self._known = await self.database.write(
+            lambda tx: attempts.claim(tx, known, agent, capacity, lease)
+        )
         return claims
 
     async def next_due(self, agent: AgentInfo) -> float | None:
-        known = self._label_sets
-        when, sets = await self.database.read(lambda tx: attempts.next_due(tx, known, agent))
-        self._keep(sets)
+        known = self._known
+        when, self._known = await self.database.read(lambda tx: attempts.next_due(tx, known, agent))
         return when
-
-    def _keep(self, sets: LabelSets) -> None:
-        if sets.newest > self._label_sets.newest:
-            self._label_sets = sets
 
     async def renew(self, agent: str, lease: float) -> list[Held]:
         return await self.database.write(lambda tx: attempts.renew(tx, agent, lease))
@@ -131,8 +126,17 @@ class SQLStore:
     async def shipped(self, run_id: str, attempt: int) -> int:
         return await self.database.read(lambda tx: runs.shipped(tx, run_id, attempt))
 
-    async def finish(self, run_id: str, attempt: int, outcome: Outcome) -> Run:
-        return await self.database.write(lambda tx: attempts.finish(tx, run_id, attempt, outcome))
+    async def finish(
+        self,
+        run_id: str,
+        attempt: int,
+        outcome: Outcome,
+        chunks: Sequence[OutputChunk] = (),
+        tasks: Sequence[TaskRun] = (),
+    ) -> Run:
+        return await self.database.write(
+            lambda tx: attempts.finish(tx, run_id, attempt, outcome, chunks, tasks)
+        )
 
     async def release(self, run_id: str, attempt: int, reason: str, delay: float = 0.0) -> Run:
         return await self.database.write(lambda tx: attempts.release(tx, run_id, attempt, reason, delay))

@@ -32,8 +32,9 @@ def path_by_link(stage: World) -> bool:
 
 
 @probe(
-    "an interpreter in the flow's own source (launchers run outside of the sandbox)",
-    "BBB",
+    "an interpreter next to the flow's own script on the agent's machine, which its user alone can write",
+    "AAA",
+    why="a virtual environment in a project; whoever put it there is the agent's user",
     everywhere=False,
     outside=True,
 )
