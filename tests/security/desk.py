@@ -1,7 +1,7 @@
 """Asks for runs and looks into the store, in the jail and as the agent's user; a line of JSON for each.
 
-``{"ask": [[flow, parameters, environment], ...]}`` is answered by the runs' ids, ``{"query": [sql, value, ...]}``
-by the rows, in which bytes are Latin-1.
+``{"ask": [[flow, parameters, environment], ...]}`` is answered by the runs' ids,
+``{"query": [sql, value, ...]}`` by the rows, in which bytes are Latin-1.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ async def ask(runs: list[Any]) -> list[str]:
         await store.close()
 
 
+def _plain(cell: Any) -> Any:
+    return cell.decode("latin-1") if isinstance(cell, bytes) else cell
+
+
 def main() -> None:
     database = sqlite3.connect(load().store.removeprefix("sqlite:///"), timeout=10)
     for line in sys.stdin:
@@ -34,9 +38,7 @@ def main() -> None:
         else:
             sql, *values = request["query"]
             rows = database.execute(sql, values).fetchall()
-            answer = [
-                [cell.decode("latin-1") if isinstance(cell, bytes) else cell for cell in row] for row in rows
-            ]
+            answer = [[_plain(cell) for cell in row] for row in rows]
         print(json.dumps(answer), flush=True)
 
 

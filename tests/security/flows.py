@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
-sys.dont_write_bytecode = True
 import probes
 import probes.environment
 import probes.files
@@ -60,163 +58,7 @@ def victim(marker: str) -> None:
     time.sleep(600)
 
 
-# -- limits: each prints "too far" if it was not stopped --------------------------------------------------
-
-
-def _too_far() -> None:
-    time.sleep(1.5)  # the supervisor looks several times a second
-    print("too far", flush=True)
-
-
-def _limited(**limits: object) -> object:
-    return flow(run_config=LocalRun(limits=limits))
-
-
-@_limited(processes=40)
-def fork_bomb() -> None:
-    made = 0
-    deadline = time.monotonic() + 2.5
-    while time.monotonic() < deadline and made < 400:
-        try:
-            if os.fork() == 0:
-                time.sleep(600)
-        except OSError:
-            time.sleep(0.05)
-            continue
-        made += 1
-    if made >= 60:
-        _too_far()
-
-
-@_limited(memory="96M")
-def memory_bomb() -> None:
-    read, write = os.pipe()
-    for _ in range(8):
-        if os.fork() == 0:
-            hoard = bytearray(os.urandom(1 << 20) * 40)
-            os.write(write, b"x")
-            time.sleep(600)
-            del hoard
-    os.set_blocking(read, False)
-    done, end = 0, time.monotonic() + 20
-    while time.monotonic() < end:  # until each of them has what it wanted or is dead
-        time.sleep(0.2)
-        with suppress(BlockingIOError):
-            done += len(os.read(read, 8))
-        while os.waitpid(-1, os.WNOHANG) != (0, 0):
-            pass
-        if done >= len([pid for pid in os.listdir("/proc") if pid.isdigit() and _parent(pid) == os.getpid()]):
-            break
-    alive = [pid for pid in os.listdir("/proc") if pid.isdigit() and _parent(pid) == os.getpid()]
-    if len(alive) > 2:  # the kernel kills some, where there are control groups
-        _too_far()
-
-
-def _parent(pid: str) -> int:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-@_limited(memory="64M")
-def shared_memory_bomb() -> None:
-    with open("/dev/shm/bomb", "wb") as file:
-        for _ in range(256):
-            file.write(bytes(1 << 20))
-            file.flush()
-    _too_far()
-
-
-@_limited(memory="64M")
-def memfd_bomb() -> None:
-    fd = os.memfd_create("bomb")
-    for _ in range(256):
-        os.write(fd, b"x" * (1 << 20))
-    _too_far()
-
-
-@_limited(memory="64M")
-def tmp_bomb() -> None:
-    with open("/tmp/bomb", "wb") as file:
-        for _ in range(256):
-            file.write(bytes(1 << 20))
-            file.flush()
-    _too_far()
-
-
-@_limited(disk="8M")
-def disk_fill() -> None:
-    os.makedirs("a/b/c")
-    for number in range(64):
-        with open(f"a/b/c/{number}", "wb") as file:
-            file.write(bytes(1 << 20))
-    _too_far()
-
-
-@_limited(disk="8M")
-def hidden_disk_fill() -> None:
-    """In a directory that is closed to be measured, and in an unlinked file."""
-    os.mkdir("closed")
-    for number in range(64):
-        with open(f"closed/{number}", "wb") as file:
-            file.write(bytes(1 << 20))
-    os.chmod("closed", 0)
-    _too_far()
-
-
-@_limited(disk="8M")
-def unlinked_disk_fill() -> None:
-    file = open("gone", "wb")
-    os.unlink("gone")
-    for _ in range(64):
-        file.write(bytes(1 << 20))
-    file.flush()
-    _too_far()
-
-
-@_limited(output="256K")
-def output_flood() -> None:
-    for _ in range(64):
-        os.write(1, b"x" * 65535 + b"\n")
-    _too_far()
-
-
-@_limited(open_files=64)
-def descriptors() -> None:
-    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(200)]
-    _too_far()
-    del held
-
-
-@_limited(cpu_time=1)
-def cpu_burn() -> None:
-    for _ in range(2):
-        if os.fork() == 0:
-            os.setsid()
-            break
-    end = time.monotonic() + 6
-    while time.monotonic() < end:
-        pass
-    _too_far()
-
-
-@_limited(file_size="1M")
-def large_file() -> None:
-    with open("large", "wb") as file:
-        file.write(bytes(4 << 20))
-    _too_far()
-
-
-@flow(run_config=LocalRun(limits={"wall_time": 1}))
-def overtime() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(4)
-    _too_far()
-
-
-# -- surviving the end of the run ----------------------------------------------------------------------------
+# -- surviving the end of the run ------------------------------------------------------------------
 
 
 def _named(name: str) -> None:
@@ -276,7 +118,7 @@ def mounter() -> None:
     probes.libc.mount(b"none", b"mounted", b"tmpfs", ctypes.c_ulong(0), None)
 
 
-# -- forging -------------------------------------------------------------------------------------------------
+# -- forging ---------------------------------------------------------------------------------------
 
 
 @flow(result=LocalResult())
@@ -322,7 +164,7 @@ def forger() -> None:
             continue
 
 
-# -- demands ---------------------------------------------------------------------------------------------------
+# -- demands ---------------------------------------------------------------------------------------
 
 
 @flow(run_config=LocalRun(sandbox="process"))
@@ -359,7 +201,7 @@ def hostile_preload() -> None:
     print("too far")
 
 
-# -- pickles -----------------------------------------------------------------------------------------------------
+# -- pickles ---------------------------------------------------------------------------------------
 
 
 @flow(storage=Local())

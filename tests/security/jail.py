@@ -39,20 +39,10 @@ class Jail:
     """One jail. ``inside`` is how this process sees its file system."""
 
     def __init__(self) -> None:
-        assert os.geteuid() == 0, (
-            "tests/security makes users and namespaces: run it as root, e.g. sudo tests/run"
-        )
+        assert os.geteuid() == 0, "tests/security makes namespaces and users: run it as root"
+        flags = ["--mount", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        flags += ["--propagation", "private"]
         self._started: list[subprocess.Popen[Any]] = []
-        flags = [
-            "--mount",
-            "--ipc",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-            "--propagation",
-            "private",
-        ]
         self._outer = subprocess.Popen(
             ["unshare", *flags, sys.executable, "-I", __file__],
             stdin=subprocess.PIPE,
@@ -68,12 +58,9 @@ class Jail:
     def close(self) -> None:
         self._outer.kill()  # --kill-child: and with it the first process, and with that all others
         self._outer.communicate()
-        for started in self._started:
-            for stream in (started.stdin, started.stdout):
-                if stream is not None:
-                    with suppress(OSError):
-                        stream.close()
-            started.wait(10)
+        for process in self._started:
+            with process:  # closes its pipes and collects it
+                process.kill()
 
     def path(self, path: str | Path) -> Path:
         """A path of the jail, for this process."""
@@ -85,9 +72,9 @@ class Jail:
             "PATH": os.defpath + ":/usr/sbin",
             "LANG": "C.UTF-8",
             "HOME": str(home_of(user)),
-            "NO_COLOR": "1",
+            "PYTHONPATH": str(REPOSITORY),
+            **env,
         }
-        known["PYTHONPATH"] = str(REPOSITORY)
         return [
             *("nsenter", f"--target={self.first}", "--mount", "--ipc", "--pid"),
             *("prlimit", "--nproc=1500"),  # should a limit of flowagent fail, the machine lives on
@@ -95,18 +82,17 @@ class Jail:
             *(
                 "env",
                 "--ignore-environment",
-                *(f"{name}={value}" for name, value in {**known, **env}.items()),
+                *(f"{name}={value}" for name, value in known.items()),
             ),
             *map(str, command),
         ]
 
     def start(
         self, user: str, *command: str | Path, env: Mapping[str, str] | None = None, **more: Any
-    ) -> Any:
-        """Start a command in the jail."""
-        started = subprocess.Popen(self._arguments(user, command, env or {}), **more)
-        self._started.append(started)
-        return started
+    ) -> subprocess.Popen[Any]:
+        """Start a command in the jail; it ends with it."""
+        self._started.append(subprocess.Popen(self._arguments(user, command, env or {}), **more))
+        return self._started[-1]
 
     def run(
         self, user: str, *command: str | Path, env: Mapping[str, str] | None = None, timeout: float = 60
@@ -136,7 +122,7 @@ def _needed() -> list[str]:
 
 
 def _covers(needed: Sequence[str]) -> list[str]:
-    """The directories to empty: known ones, and those through which other users cannot come to what they need."""
+    """The directories to empty: known ones, and those that close the way to what other users need."""
     found = {*COVERED, str(home_of("root"))}
     for path in needed:
         above = [*reversed(Path(path).parents), Path(path)]

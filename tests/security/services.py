@@ -65,7 +65,7 @@ def serve(uid: int, abstract: str) -> None:
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("127.0.0.1", 0))
     threading.Thread(target=greet_datagrams, args=[udp], daemon=True).start()
-    leader, follower = os.openpty()
+    _leader, follower = os.openpty()
     terminal = os.ttyname(follower)
     os.chown(terminal, uid, uid)
     os.chmod(terminal, 0o620)

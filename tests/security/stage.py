@@ -1,4 +1,4 @@
-"""A stage: one agent at one level in a jail of its own, with everything around it that flows must not reach."""
+"""A stage: one agent at one level in a jail of its own, and around it what flows must not reach."""
 
 from __future__ import annotations
 
@@ -6,30 +6,53 @@ import json
 import os
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tests.security.jail import TOP, USERS, Jail, home_of, lines_of
+from tests.security.outlook import AGENT_NAME, ENDED, Outlook
 from tests.security.probes import PROBES
 
 HERE = Path(__file__).parent
 SECRET = "t0ken-" + "of-the-agent"
-ENDED = ("completed", "failed", "crashed", "cancelled")
-AGENT_NAME = "stage"
-PATIENCE = 60.0
-BOMBS = ("fork_bomb", "memory_bomb", "shared_memory_bomb", "memfd_bomb", "tmp_bomb", "disk_fill", "hidden_disk_fill",
-         "unlinked_disk_fill", "output_flood", "descriptors", "cpu_burn", "large_file", "overtime")  # fmt: skip
+BOMBS = (
+    "fork_bomb",
+    "memory_bomb",
+    "shared_memory_bomb",
+    "memfd_bomb",
+    "tmp_bomb",
+    "disk_fill",
+    "hidden_disk_fill",
+    "unlinked_disk_fill",
+    "output_flood",
+    "descriptors",
+    "cpu_burn",
+    "large_file",
+    "overtime",
+)
 SURVIVORS = ("daemon", "reforker", "swarm", "mounter")
-DEMANDS = ("humble", "greedy", "roundabout", "python_in_source", "python_in_home", "python_in_shared",
-           "python_of_others", "hostile_preload", "misplaced", "cheat", "forger", "pickled", "explosive")  # fmt: skip
+DEMANDS = (
+    "humble",
+    "greedy",
+    "roundabout",
+    "python_in_source",
+    "python_in_home",
+    "python_in_shared",
+    "python_of_others",
+    "hostile_preload",
+    "misplaced",
+    "cheat",
+    "forger",
+    "pickled",
+    "explosive",
+)
 
 
-class Stage:
+class Stage(Outlook):
     """``observe`` gives, for every probe, whether it reached what it was after."""
 
     def __init__(self, identity: str, level: str) -> None:
+        super().__init__()
         self.identity, self.level = identity, level
         self.user = "fa-operator" if identity == "user" else "root"
         self.uid = USERS[self.user]
@@ -37,9 +60,10 @@ class Stage:
         self.home = TOP / "agent"
         self.script_directory = TOP / "sources"
         self.shared = TOP / "shared"
-        self.runs: dict[str, str] = {}
-        self.marker = f"m4rker-{identity}-{level}"
+        self.marker = f"m4rker-{identity}-{level}-{os.getpid()}"
+        self._told_before = (SECRET, self.marker + "-parameter", self.marker + "-variable")
         self.poison = str(TOP / "poison")
+        self.looked_through = (self.home, self.user_home, TOP / "etc", self.script_directory, self.shared)
         self.jail = Jail()
         try:
             self._furnish()
@@ -89,13 +113,17 @@ class Stage:
         self._write(self.home / "results" / "of-another", "value")
         self._directory(self.shared, 0o777)
         os.symlink(self.home, self.jail.path(self.shared / "link"))
-        for path in (self.script_directory / "evil/bin/python", self.home / "sources/evil-python", TOP / "open/python",
-                     self.shared / "venv/bin/python"):  # fmt: skip
+        for path in (
+            self.script_directory / "evil/bin/python",
+            self.home / "sources/evil-python",
+            TOP / "open/python",
+            self.shared / "venv/bin/python",
+        ):
             self._directory(path.parent)
             os.symlink(os.path.realpath(sys.executable), self.jail.path(path))
             self._write(path.parent.parent / "pyvenv.cfg", "home = /usr/bin\n")
         self.jail.path(TOP / "open").chmod(0o777)
-        for path in [HERE / "flows.py", *(HERE / "probes").glob("*.py")]:
+        for path in [HERE / "flows.py", HERE / "bombs.py", *(HERE / "probes").glob("*.py")]:
             self._write(self.script_directory / path.relative_to(HERE), path.read_text(), 0o644)
         self._write(self.poison + "/sitecustomize.py", "", 0o644)
         self._write(self.poison + "/poison_probe.py", "", 0o644)
@@ -128,13 +156,18 @@ class Stage:
         }
         self._write(self.script_directory / "site.json", json.dumps(site), 0o644)
         script = self.script_directory / "flows.py"
-        self._flowagent("register", script)
+        self._flowagent("register", script, self.script_directory / "bombs.py")
         pickle = next(self.jail.path(self.home / "flows" / "pickled").iterdir())
         pickle.write_bytes(pickle.read_bytes() + b".")
         self._desk = self.jail.start(
-            self.user, sys.executable, HERE / "desk.py", env=self._environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            self.user,
+            sys.executable,
+            HERE / "desk.py",
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         options = ["--run-as", "fa-flows"] if self.identity == "run_as" else []
         environment = {
             **self._environment,
@@ -166,23 +199,26 @@ class Stage:
         log = self.jail.path(TOP / "agent.log")
         with open(log, "wb") as file:
             self.jail.start(self.user, *command, env=environment, stdin=subprocess.DEVNULL, stderr=file)
-        self._until(lambda: '"started"' in log.read_text() or '"error"' in log.read_text())
+        self.until(lambda: '"started"' in log.read_text() or '"error"' in log.read_text())
         self._services.stdin.write("the agent is there\n")
         self._services.stdin.flush()
         assert self._services.stdout.readline() == "late\n"
-        poison = {
-            "LD_PRELOAD": self.poison + "/preload.so", "PYTHONPATH": self.poison, "BASH_ENV": self.poison + "/bash_env",
-            "PYTHONSTARTUP": self.poison + "/poison_probe.py", "GIT_SSH_COMMAND": self.poison + "/bash_env",
-            "HOME": "/forged", "TMPDIR": "/forged", "FLOWAGENT_RUN": "forged",
-        }  # fmt: skip
-        self._ask(
-            [["earlier", {"marker": self.marker + "-parameter"}, {"EARLIER": self.marker + "-variable"}]]
-        )
+        variables = {
+            "LD_PRELOAD": self.poison + "/preload.so",
+            "PYTHONPATH": self.poison,
+            "BASH_ENV": self.poison + "/bash_env",
+            "PYTHONSTARTUP": self.poison + "/poison_probe.py",
+            "GIT_SSH_COMMAND": self.poison + "/bash_env",
+            "HOME": "/forged",
+            "TMPDIR": "/forged",
+            "FLOWAGENT_RUN": "forged",
+        }
+        self.ask([["earlier", {"marker": self._told_before[1]}, {"EARLIER": self._told_before[2]}]])
         self.ended("earlier")
-        self._ask([["victim", {"marker": "of the victim"}, {"VICTIM": "1", **poison}]])
-        self._until(lambda: self.state("victim") in ENDED or "PROBE" in self._logged(self.runs["victim"]))
+        self.ask([["victim", {"marker": "of the victim"}, {"VICTIM": "1", **variables}]])
+        self.until(lambda: self.state("victim") in ENDED or "PROBE" in self.logged(self.runs["victim"]))
         assert self.state("victim") == "running", self.output("victim")
-        directory = lines_of(self._logged(self.runs["victim"]))[0]["victim"]
+        directory = lines_of(self.logged(self.runs["victim"]))[0]["victim"]
         launchers = self.home / "agents" / AGENT_NAME / "launchers"
         cached = next(self.jail.path(self.home / "ground").iterdir())
         self.world |= {
@@ -198,152 +234,30 @@ class Stage:
             "other_pickle": str(self.home / "flows" / "pickled" / pickle.name),
             "cached_source": str(self._cached_source()),
             "poison": self.poison,
-            "reversed_markers": [text[::-1] for text in (SECRET, f"{self.marker}-parameter", f"{self.marker}-variable")],
-        }  # fmt: skip
-        self._mounts = self._mounted()
-        self._ask([
-            ["batch", {"world": self.world}, poison],
-            ["offline", {"world": self.world}, {}],
-            ["ports", {"world": self.world}, {}],
-            *[[name, {}, {}] for name in (*SURVIVORS, *DEMANDS, *BOMBS)],
-        ])  # fmt: skip
+            "reversed_markers": [text[::-1] for text in self._told_before],
+        }
+        self._mounts = self.mounted()
+        self.ask(
+            [
+                ["batch", {"world": self.world}, variables],
+                ["offline", {"world": self.world}, {}],
+                ["ports", {"world": self.world}, {}],
+                *[[name, {}, {}] for name in (*SURVIVORS, *DEMANDS, *BOMBS)],
+            ]
+        )
 
     def _cached_source(self) -> Path:
         """A source that another flow has in the cache."""
-        self._ask([["explosive", {}, {}]])
+        self.ask([["explosive", {}, {}]])
         self.ended("explosive")
         sources = self.jail.path(self.home / "sources")
         found = next(sources.glob("*/source/*"))
         return self.home / "sources" / found.relative_to(sources)
 
-    # -- asking ----------------------------------------------------------------------------------------
-
     def _flowagent(self, *arguments: str | Path) -> str:
         done = self.jail.run(self.user, sys.executable, "-m", "flowagent", *arguments, env=self._environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
-
-    def _request(self, request: dict[str, Any]) -> Any:
-        self._desk.stdin.write(json.dumps(request) + "\n")
-        self._desk.stdin.flush()
-        return json.loads(self._desk.stdout.readline())
-
-    def _ask(self, runs: list[list[Any]]) -> None:
-        ids = self._request({"ask": runs})
-        self.runs |= {name: run for (name, _, _), run in zip(runs, ids, strict=True)}
-
-    def _query(self, sql: str, *values: str) -> list[Any]:
-        rows: list[Any] = self._request({"query": [sql, *values]})
-        return rows
-
-    def _until(self, condition: Any) -> None:
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < end, "waited in vain: " + self.jail.path(TOP / "agent.log").read_text()
-            time.sleep(0.05)
-
-    def state(self, flow: str) -> str:
-        return str(self._query("SELECT state FROM run WHERE id = ?", self.runs[flow])[0][0])
-
-    def ended(self, flow: str) -> dict[str, Any]:
-        """How the run of a flow ended, once it has."""
-        self._until(lambda: self.state(flow) in ENDED)
-        run = self.runs[flow]
-        sql = (
-            "SELECT run.state, run.reason, attempt.sandbox FROM run JOIN attempt ON run_id = id WHERE id = ?"
-        )
-        state, reason, sandbox = self._query(sql, run)[-1]
-        return {"state": state, "reason": reason, "sandbox": sandbox}
-
-    def output(self, flow: str) -> str:
-        """All that the run of a flow printed, once it has ended."""
-        self.ended(flow)
-        return self._logged(self.runs[flow])
-
-    def _logged(self, run: str) -> str:
-        rows = self._query("SELECT data FROM output WHERE run_id = ? ORDER BY start", run)
-        return "".join(row[0] for row in rows).encode("latin-1").decode(errors="replace")
-
-    # -- looking from outside ----------------------------------------------------------------------------
-
-    def exists(self, path: str) -> bool:
-        return self.jail.path(path).exists()
-
-    def files_with(self, *needles: str) -> set[str]:
-        """Files of the agent, its user and what is shared that contain one of the texts."""
-        found = set()
-        for top in (self.home, self.user_home, TOP / "etc", self.script_directory):
-            for path in self.jail.path(top).rglob("*"):
-                with suppress(OSError):
-                    if path.is_file() and not path.is_symlink() and ".pyenv" not in path.parts:
-                        content = path.read_bytes()
-                        if path.name in ("forged-result", "FORGED") or (
-                            path.suffix != ".py"
-                            and "flowagent.db" not in (path.name)
-                            and any(needle.encode() in content for needle in needles[1:])
-                        ):
-                            found.add("/" + str(path.relative_to(self.jail.inside)))
-        return found
-
-    def _processes(self) -> list[Path]:
-        """All processes of the jail, also those that flows have put into namespaces below."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                if entry.name.isdigit() and self._is_inside(entry):
-                    found.append(entry)
-        return found
-
-    def _is_inside(self, entry: Path) -> bool:
-        """By its pids in the namespaces from ours down: the second is that in the jail."""
-        pids = next(line for line in (entry / "status").read_text().splitlines() if line.startswith("NSpid:"))
-        numbers = pids.split()[1:]
-        return (
-            len(numbers) > 1
-            and (self.jail.inside / "proc" / numbers[1]).exists()
-            and (self.jail.inside / "proc" / numbers[1] / "stat").read_text().rpartition(")")[2].split()[19]
-            == (entry / "stat").read_text().rpartition(")")[2].split()[19]
-        )
-
-    def processes_outside_with(self, text: str) -> list[str]:
-        """Of the processes that are not confined: those that have a file open or mapped below a path."""
-        found, looked_at = [], 0
-        for entry in self._processes():
-            with suppress(OSError):
-                status = (entry / "status").read_text()
-                command = (entry / "cmdline").read_bytes()
-                outside = "Seccomp:\t0" in status
-                looked_at += outside
-                if outside and (
-                    text in (entry / "maps").read_text() or text.encode() in (entry / "environ").read_bytes()
-                ):
-                    found.append(command.decode())
-        assert looked_at >= 4, "agent, launcher, supervisor, services: where are they?"
-        return found
-
-    def lives_on(self, flow: str, name: bytes) -> bool:
-        """Whether a process of that name is there when the run has ended."""
-        self.ended(flow)
-        return any(
-            name in (entry / "comm").read_bytes() for entry in self._processes() if (entry / "comm").exists()
-        )
-
-    def _mounted(self) -> set[str]:
-        lines = Path(f"/proc/{self.jail.first}/mountinfo").read_text().splitlines()
-        return {line.split()[4] for line in lines}
-
-    def new_mounts(self) -> set[str]:
-        return self._mounted() - self._mounts
-
-    def has_directory_of(self, flow: str) -> bool:
-        self.ended(flow)
-        runs = self.jail.path(self.home / "agents" / AGENT_NAME / "runs")
-        end = time.monotonic() + 10  # the record comes before the removal
-        while any(path.name.startswith(self.runs[flow]) for path in runs.iterdir()):
-            if time.monotonic() > end:
-                return True
-            time.sleep(0.05)
-        return False
 
     # -- the outcome -------------------------------------------------------------------------------------
 
@@ -361,8 +275,9 @@ class Stage:
 
     def control(self) -> dict[str, tuple[bool, str]]:
         """The same without any sandbox, by root: what shows that the probes can do what they try."""
-        code = "import os, sys, json; os.chdir('/mnt/control/work'); sys.path.insert(0, '/mnt/sources'); import probes, importlib\n"
-        code += "for name in sys.argv[2].split(','): importlib.import_module('probes.' + name)\n"
+        code = "import importlib, json, os, sys\n"
+        code += "sys.path.insert(0, '/mnt/sources'); os.chdir('/mnt/control/work'); import probes\n"
+        code += "[importlib.import_module('probes.' + name) for name in sys.argv[2].split(',')]\n"
         code += "probes.run_all(json.loads(sys.argv[1]), ('',))"
         groups = ",".join(sorted({each.group for each in PROBES}))
         environment = {"TMPDIR": "/mnt/control", "HOME": "/mnt/control", "FLOWAGENT_RUN": "1"}

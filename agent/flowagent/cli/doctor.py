@@ -153,7 +153,8 @@ async def _sandbox(settings: Settings) -> Finding:
 
     with tempfile.TemporaryDirectory(prefix="flowagent-doctor-") as directory:
         try:
-            confinement = Confinement(settings, Path(directory))
+            (Path(directory) / "runs").mkdir()
+            confinement = Confinement(settings, Path(directory) / "runs")
         except FlowagentError as error:
             return Finding("sandbox", "failed", str(error))
     chosen = f"runs get level {confinement.floor} or better"

@@ -54,6 +54,7 @@ class Confinement:
         )
         self._mode = 0o700 if self.rules.user is None else ENTERED
         self._known: set[str] = set()
+        os.makedirs(self.rules.empty, mode=0o555, exist_ok=True)
         self.gaps = sandbox.gaps(self.floor, self.rules)
         """What cannot be enforced here, each in a line."""
 

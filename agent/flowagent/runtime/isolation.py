@@ -64,11 +64,15 @@ def covered(environ: dict[str, str] | os._Environ[str]) -> list[str]:
 
 
 def isolate(
-    directory: str, writable: Sequence[str], covered: Iterable[str], memory: int | None = None
+    directory: str,
+    writable: Sequence[str],
+    covered: Iterable[str],
+    empty: str,
+    memory: int | None = None,
 ) -> None:
     """Have mounts and IPC of this process' own: all read-only but ``directory``, ``writable`` and a new,
     empty ``/dev/shm`` of at most ``memory`` bytes; with terminals of its own, and with nothing behind the
-    paths ``covered``.
+    paths ``covered``: /dev/null, or the directory ``empty`` where they are directories.
 
     :raises OSError: the kernel or its configuration does not allow it."""
     uid, gid = os.geteuid(), os.getegid()
@@ -93,7 +97,7 @@ def isolate(
         except OSError:
             continue
         if directory_there:
-            linux.mount("none", path, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=4k")
+            linux.mount(empty, path, None, linux.MS_BIND)  # half the cost of a file system of its own
         else:
             linux.mount("/dev/null", path, None, linux.MS_BIND)
     linux.set_read_only("/", True)
@@ -113,7 +117,7 @@ def possible(directory: str) -> str | None:
     if pid == 0:
         try:
             linux.prctl(linux.PR_SET_DUMPABLE, 1)
-            isolate(directory, (), ())
+            isolate(directory, (), (), "")
         except OSError as error:
             os.write(write, (error.strerror or str(error)).encode()[:200])
         finally:

@@ -52,6 +52,11 @@ class Rules(NamedTuple):
     cgroups: tuple[tuple[str, str], ...] = ()
     """Hierarchy and directory in which control groups can be made."""
 
+    @property
+    def empty(self) -> str:
+        """A directory of the agent's with nothing in it."""
+        return os.path.join(os.path.dirname(self.runs), "empty")
+
     def to_json(self) -> str:
         return json.dumps(self._asdict(), sort_keys=True)
 
@@ -203,7 +208,7 @@ class Sandbox:
         if isolated:
             granted = (*grants["read"], *grants["write"])
             covered = [path for path in self.rules.covered if not _opened(path, granted)]
-            isolation.isolate(run.work, grants["write"], covered, limit.memory)
+            isolation.isolate(run.work, grants["write"], covered, self.rules.empty, limit.memory)
         if level != NAMESPACE:
             self._change_user()
         if level != PROCESS:

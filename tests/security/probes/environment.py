@@ -1,7 +1,7 @@
 """Variables that make programs execute or load something: whom they reach.
 
-The flow is given them by ``run --env``, its run config's ``env`` and the agent's ``--env``; they name files of
-the flow's making, which leave a mark with the pid and the parent of every process that loads them.
+The flow is given them by ``run --env``, its run config's ``env`` and the agent's ``--env``, and names
+files of its own making.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def in_the_flow_process(world: World) -> bool:
 
 @probe("the same in launcher, supervisor, bubblewrap and agent", "BBB", everywhere=False, outside=True)
 def in_others(stage: World) -> bool:
-    return bool(stage.processes_outside_with(stage.world["poison"]))
+    return bool(stage.unconfined_with(stage.world["poison"]))
 
 
 @probe("variables of the agent, such as FLOWAGENT_SECRET_*", "BBB", everywhere=False)
@@ -70,8 +70,13 @@ def memory_of_earlier_runs(world: World) -> bool:
     return False
 
 
-@probe("variables in the initial environment of the processes above it", "BBB", root="VBB", run_as="BBB",
-       why="at level process root stays root: use --run-as")  # fmt: skip
+@probe(
+    "variables in the initial environment of the processes above it",
+    "BBB",
+    root="VBB",
+    run_as="BBB",
+    why="at level process root stays root: use --run-as",
+)
 def environment_above(world: World) -> bool:
     for find in (supervisor, launcher, agent):
         with open(f"/proc/{find()}/environ", "rb") as file:

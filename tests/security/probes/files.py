@@ -7,7 +7,7 @@ import sysconfig
 
 from . import World, creates, opens, probe
 
-SAME_USER = "at level process a flow writes whatever the user may write that it runs as: use --run-as or a higher level"
+SAME_USER = "at level process a flow writes whatever its user may write: use --run-as or a higher level"
 ROOT_ONLY = "at level process root stays root: use --run-as"
 
 
@@ -126,8 +126,11 @@ def hard_link(world: World) -> bool:
     return True
 
 
-@probe("files in /tmp and /var/tmp that stay behind", "VBB",
-       why="at level process they are the machine's; higher levels close them, and TMPDIR is the run's own")  # fmt: skip
+@probe(
+    "files in /tmp and /var/tmp that stay behind",
+    "VBB",
+    why="at level process they are the machine's; higher levels close them, and TMPDIR is the run's own",
+)
 def shared_temporary(world: World) -> bool:
     return any([_stays(world, "/tmp"), _stays(world, "/var/tmp")])
 
@@ -160,7 +163,11 @@ def allowed_path(world: World) -> bool:
     return creates(world.shared)
 
 
-@probe("appending to /dev/stdout and /dev/stderr", "AAA", run_as="BBB",
-       why="they are the run's output; with --run-as the file is root's, and only the open descriptors can be used")  # fmt: skip
+@probe(
+    "appending to /dev/stdout and /dev/stderr",
+    "AAA",
+    run_as="BBB",
+    why="they are the run's output; with --run-as the file is root's, open descriptors can be written to",
+)
 def appending_to_stderr(world: World) -> bool:
     return opens("/dev/stdout", os.O_WRONLY | os.O_APPEND) and opens("/dev/stderr", os.O_WRONLY | os.O_APPEND)

@@ -40,8 +40,11 @@ def mount(world: World) -> bool:
     return True
 
 
-@probe("taking away what covers a path, or its being read-only, in a user namespace of one's own", "BBB",
-       everywhere=False)  # fmt: skip
+@probe(
+    "taking away what covers a path, or its being read-only, in a user namespace of one's own",
+    "BBB",
+    everywhere=False,
+)
 def uncovering(world: World) -> bool:
     _become_root()
     for path in (b"/run/user", b"/dev/shm", world.home.encode()):
@@ -55,8 +58,12 @@ def uncovering(world: World) -> bool:
     return False
 
 
-@probe("a secret file by a detached copy of its mount (open_tree), in a user namespace", "VBB", run_as="BBB",
-       why="at level process the file is open anyway")  # fmt: skip
+@probe(
+    "a secret file by a detached copy of its mount (open_tree), in a user namespace",
+    "VBB",
+    run_as="BBB",
+    why="at level process the file is open anyway",
+)
 def detached_mount(world: World) -> bool:
     _become_root()
     tree = checked(
@@ -66,8 +73,12 @@ def detached_mount(world: World) -> bool:
     return True
 
 
-@probe("chroot and pivot_root in a user namespace, to read what is closed", "VBB", run_as="BBB",
-       why="at level process the file is open anyway")  # fmt: skip
+@probe(
+    "chroot and pivot_root in a user namespace, to read what is closed",
+    "VBB",
+    run_as="BBB",
+    why="at level process the file is open anyway",
+)
 def chroot(world: World) -> bool:
     _become_root()
     os.chroot(world.home)
@@ -121,12 +132,22 @@ def kernel_settings(world: World) -> bool:
 
 @probe("devices by /sys", "BBB", root="VBB", run_as="BBB", why=ROOT_ONLY)
 def devices_by_sys(world: World) -> bool:
-    return opens("/sys/kernel/uevent_helper" if os.path.exists("/sys/kernel/uevent_helper") else
-                 "/sys/kernel/mm/transparent_hugepage/enabled", os.O_WRONLY)  # fmt: skip
+    return opens(
+        "/sys/kernel/uevent_helper"
+        if os.path.exists("/sys/kernel/uevent_helper")
+        else "/sys/kernel/mm/transparent_hugepage/enabled",
+        os.O_WRONLY,
+    )
 
 
-@probe("memory of the machine: /dev/mem, /dev/kmem, /proc/kcore, /dev/port", "BBB", root="VBB", run_as="BBB",
-       why=ROOT_ONLY, everywhere=False)  # fmt: skip
+@probe(
+    "memory of the machine: /dev/mem, /dev/kmem, /proc/kcore, /dev/port",
+    "BBB",
+    root="VBB",
+    run_as="BBB",
+    why=ROOT_ONLY,
+    everywhere=False,
+)
 def memory_of_the_machine(world: World) -> bool:
     reached = []
     for path in ("/proc/kcore", "/dev/mem", "/dev/kmem", "/dev/port"):
@@ -166,22 +187,26 @@ def _refused(number: int, *arguments: object) -> bool:
 
 @probe("loading kernel modules, kexec, swap, reboot", "BBB", root="VBB", run_as="BBB", why=ROOT_ONLY)
 def rule_over_the_machine(world: World) -> bool:
-    return any([
-        _refused(INIT_MODULE, None, ctypes.c_ulong(0), None),
-        _refused(KEXEC_LOAD, ctypes.c_ulong(0), ctypes.c_ulong(1000), None, ctypes.c_ulong(0)),
-        _refused(SWAPON, b"/nonexistent", 0),
-        _refused(REBOOT, 0, 0, 0, None),
-    ])  # fmt: skip
+    return any(
+        [
+            _refused(INIT_MODULE, None, ctypes.c_ulong(0), None),
+            _refused(KEXEC_LOAD, ctypes.c_ulong(0), ctypes.c_ulong(1000), None, ctypes.c_ulong(0)),
+            _refused(SWAPON, b"/nonexistent", 0),
+            _refused(REBOOT, 0, 0, 0, None),
+        ]
+    )
 
 
 @probe("BPF programs, performance counters, io_uring, userfaultfd", "BBB")
 def risky_calls(world: World) -> bool:
-    return any([
-        _refused(BPF, 0, None, 0),
-        _refused(PERF_EVENT_OPEN, ctypes.c_void_p(8), 0, -1, -1, ctypes.c_ulong(0)),
-        _refused(IO_URING_SETUP, 1, ctypes.create_string_buffer(120)),
-        _refused(USERFAULTFD, 1),
-    ])  # fmt: skip
+    return any(
+        [
+            _refused(BPF, 0, None, 0),
+            _refused(PERF_EVENT_OPEN, ctypes.c_void_p(8), 0, -1, -1, ctypes.c_ulong(0)),
+            _refused(IO_URING_SETUP, 1, ctypes.create_string_buffer(120)),
+            _refused(USERFAULTFD, 1),
+        ]
+    )
 
 
 @probe("system calls of 32 bits and of the x32 ABI, past the filter", "BBB")
@@ -204,7 +229,7 @@ KEYRING_PROBE = 39  # getpid, which no filter refuses by its own number
 
 @probe("typing into a terminal (TIOCSTI) and pasting (TIOCLINUX)", "BBB")
 def typing_into_a_terminal(world: World) -> bool:
-    leader, follower = os.openpty()
+    _, follower = os.openpty()
     os.setsid()
     fcntl.ioctl(follower, termios.TIOCSCTTY, 0)
     fcntl.ioctl(follower, termios.TIOCSTI, b"x")

@@ -12,17 +12,17 @@ from . import World, probe
     outside=True,
 )
 def daemon(stage: World) -> bool:
-    return stage.lives_on("daemon", b"fa-daemon")
+    return stage.lives_on("daemon", "fa-daemon")
 
 
 @probe("a daemon that forks itself anew all the time", "BBB", everywhere=False, outside=True)
 def reforker(stage: World) -> bool:
-    return stage.lives_on("reforker", b"fa-reforker")
+    return stage.lives_on("reforker", "fa-reforker")
 
 
 @probe("a swarm of such daemons", "BBB", everywhere=False, outside=True)
 def swarm(stage: World) -> bool:
-    return stage.lives_on("swarm", b"fa-swarm")
+    return stage.lives_on("swarm", "fa-swarm")
 
 
 @probe("mounts left behind", "BBB", everywhere=False, outside=True)

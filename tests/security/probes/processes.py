@@ -113,8 +113,7 @@ def own_scheduling(world: World) -> bool:
     return _limits(0)
 
 
-@probe("System V shared memory, semaphores and queues that stay behind", "BBB",
-       why="")  # fmt: skip
+@probe("System V shared memory, semaphores and queues that stay behind", "BBB")
 def system_v_that_stays(world: World) -> bool:
     made = [libc.syscall(SHMGET, 0x70726F62, 4096, IPC_CREAT | 0o600)]
     if made[0] < 0:

@@ -100,21 +100,27 @@ def descriptor_of_another_run(world: World) -> bool:
     return bool(os.readlink(f"/proc/{victim()}/fd/1"))
 
 
-@probe("the file system through /proc/PID/root of a process outside", "BBB", root="VBB", run_as="BBB",
-       why=ROOT_IS_ROOT)  # fmt: skip
+@probe(
+    "the file system through /proc/PID/root of a process outside",
+    "BBB",
+    root="VBB",
+    run_as="BBB",
+    why=ROOT_IS_ROOT,
+)
 def root_of_the_agent(world: World) -> bool:
     return bool(os.listdir(f"/proc/{agent()}/root/"))
 
 
-@probe("command lines of processes outside", "VVB",
-       why="the kernel shows them to everybody; nothing secret belongs there, and flowagent puts nothing there")  # fmt: skip
+@probe(
+    "command lines of processes outside",
+    "VVB",
+    why="the kernel shows them to everybody; nothing secret belongs there, and flowagent puts nothing there",
+)
 def command_lines(world: World) -> bool:
     return agent() > 0
 
 
-OWN_FILES = (
-    "at level process a flow reads what the user may read that it runs as: use --run-as or a higher level"
-)
+OWN_FILES = "at level process a flow reads what its user may read: use --run-as or a higher level"
 
 
 @probe("the agent's database", "VBB", run_as="BBB", why=OWN_FILES)
@@ -157,15 +163,22 @@ def spec_of_another_run(world: World) -> bool:
     return opens(world.victim_directory + "/spec.json")
 
 
-@probe("files of another run", "VBB",
-       why="at level process, runs of one user read each other's files if they know the path")  # fmt: skip
+@probe(
+    "files of another run",
+    "VBB",
+    why="at level process, runs of one user read each other's files if they know the path",
+)
 def files_of_another_run(world: World) -> bool:
     return opens(world.victim_directory + "/work/diary")
 
 
-@probe("names in the agent's directories", "VVB", run_as="BBB",
-       why="Landlock opens directories to be listed, so that searching the file system works; "
-       "what is in the files stays closed")  # fmt: skip
+@probe(
+    "names in the agent's directories",
+    "VVB",
+    run_as="BBB",
+    why="Landlock opens directories to be listed, so that searching the file system works; "
+    "what is in the files stays closed",
+)
 def names_of_secrets(world: World) -> bool:
     return "TOKEN" in os.listdir(world.home + "/secrets")
 
@@ -187,7 +200,7 @@ def aws_credentials(world: World) -> bool:
 @probe("passwords in ~/.netrc, ~/.pgpass and ~/.git-credentials", "VBB", run_as="BBB", why=OWN_FILES)
 def passwords(world: World) -> bool:
     names = (".netrc", ".pgpass", ".git-credentials")
-    return any([_reads_credentials(f"{world.user_home}/{name}") for name in names])
+    return any(_reads_credentials(f"{world.user_home}/{name}") for name in names)
 
 
 @probe(
@@ -211,8 +224,13 @@ def by_other_names(world: World) -> bool:
     return True
 
 
-@probe("keys in ~/.ssh of the user that --run-as names", "BBB", root="VBB", run_as="VBB",
-       why="at level process a flow is that user; an agent that is root reads the files of all users: use --run-as")  # fmt: skip
+@probe(
+    "keys in ~/.ssh of the user that --run-as names",
+    "BBB",
+    root="VBB",
+    run_as="VBB",
+    why="at level process a flow is that user; an agent that is root reads files of all users",
+)
 def key_of_the_flows_user(world: World) -> bool:
     return _reads_credentials(world.flows_home + "/.ssh/id_ed25519")
 

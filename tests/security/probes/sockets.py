@@ -76,9 +76,12 @@ def abstract_socket(world: World) -> bool:
     return _connects("\0" + world.abstract)
 
 
-@probe("a service at another path", "VVV",
-       why="Landlock does not see the connecting to sockets before Linux 7; databases are used so. "
-       "Who authenticates by the user of the peer lets flows in: use --run-as or passwords")  # fmt: skip
+@probe(
+    "a service at another path",
+    "VVV",
+    why="Landlock does not see the connecting to sockets before Linux 7; databases are used so. "
+    "Who authenticates by the user of the peer lets flows in: use --run-as or passwords",
+)
 def other_service(world: World) -> bool:
     return _connects("/run/postgresql/.s.PGSQL.5432")
 
@@ -98,8 +101,12 @@ def _talks_to_a_launcher(path: str) -> dict[str, object]:
         return answer
 
 
-@probe("the launcher's socket: to be heard at all", "VBB", run_as="BBB",
-       why="the key, which is checked before anything is obeyed, is what keeps it apart")  # fmt: skip
+@probe(
+    "the launcher's socket: to be heard at all",
+    "VBB",
+    run_as="BBB",
+    why="the key, which is checked before anything is obeyed, is what keeps it apart",
+)
 def launcher_socket(world: World) -> bool:
     return bool(_talks_to_a_launcher(world.launcher_socket))
 
@@ -109,8 +116,9 @@ def launcher_without_key(world: World) -> bool:
     return bool(_talks_to_a_launcher(world.launcher_socket).get("heard"))
 
 
-@probe("ringing the agent's doorbells", "VBB", run_as="BBB",
-       why="a ring only makes the agent look at its store")  # fmt: skip
+@probe(
+    "ringing the agent's doorbells", "VBB", run_as="BBB", why="a ring only makes the agent look at its store"
+)
 def doorbell(world: World) -> bool:
     bells = world.home + "/flowagent.db.bells"
     directory = os.open(bells, os.O_PATH)
