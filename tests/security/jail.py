@@ -58,6 +58,10 @@ class Jail:
     def close(self) -> None:
         self._outer.kill()  # --kill-child: and with it the first process, and with that all others
         self._outer.communicate()
+        for _ in range(500):  # the first process goes last
+            if not os.path.exists(f"/proc/{self.first}"):
+                break
+            time.sleep(0.01)
         for process in self._started:
             with process:  # closes its pipes and collects it
                 process.kill()

@@ -13,6 +13,8 @@ from tests.security.jail import TOP, USERS, Jail, home_of, lines_of
 from tests.security.outlook import AGENT_NAME, ENDED, Outlook
 from tests.security.probes import PROBES
 
+from flowagent.runtime import cgroups
+
 HERE = Path(__file__).parent
 SECRET = "t0ken-" + "of-the-agent"
 BOMBS = (
@@ -74,6 +76,7 @@ class Stage(Outlook):
 
     def close(self) -> None:
         self.jail.close()
+        cgroups.sweep(cgroups.find())  # killed like this, its launchers leave their empty groups
 
     # -- setting it ------------------------------------------------------------------------------------
 
