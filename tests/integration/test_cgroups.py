@@ -111,3 +111,11 @@ def test_cpu_time_is_counted(roots: dict[str, str]) -> None:
 
     assert 0.15 < forked(work) < 1.0
     cgroups.sweep(roots)
+
+
+def test_a_hierarchy_without_the_controller_limits_nothing(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.subtree_control").write_text("pids\n")
+    unified = {cgroups.UNIFIED: str(tmp_path)}
+    assert cgroups.limits(unified, cgroups.PIDS) and not cgroups.limits(unified, cgroups.MEMORY)
+    assert cgroups.limits({cgroups.MEMORY: "/somewhere"}, cgroups.MEMORY)
+    assert not cgroups.limits({}, cgroups.MEMORY)

@@ -7,7 +7,8 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from flowagent.cli.session import Command, Session, json_option, pass_session
 from flowagent.errors import FlowagentError
 
 if TYPE_CHECKING:
+    from flowagent.runners.confinement import Confinement
     from flowagent.settings import Settings
 
 LEAST_SPACE = 500 << 20
@@ -129,36 +131,39 @@ async def _store(settings: Settings) -> Finding:
         return Finding("store", "failed", str(error))
 
 
-async def _launcher(settings: Settings) -> Finding:
+@contextmanager
+def _confinement(settings: Settings) -> Iterator[tuple[Path, Confinement]]:
+    """A sandbox as an agent with these settings has it, in a directory of its own."""
     from flowagent.runners.confinement import Confinement
-    from flowagent.runners.process import ProcessRunner
 
     with tempfile.TemporaryDirectory(prefix="flowagent-doctor-") as directory:
         runs = Path(directory) / "runs"
         runs.mkdir()
-        try:
-            rules = Confinement(settings, runs).rules
-            runner = ProcessRunner(Path(directory), settings.home / "ground", rules, settings.preload)
+        yield runs.parent, Confinement(settings, runs)
+
+
+async def _launcher(settings: Settings) -> Finding:
+    from flowagent.runners.process import ProcessRunner
+
+    try:
+        with _confinement(settings) as (directory, confinement):
+            runner = ProcessRunner(directory, settings.home / "ground", confinement.rules, settings.preload)
             try:
                 await runner.prepare()
             finally:
                 await runner.close()
-        except (FlowagentError, OSError) as error:
-            return Finding("launcher", "failed", f"flow processes cannot be started: {error}")
+    except (FlowagentError, OSError) as error:
+        return Finding("launcher", "failed", f"flow processes cannot be started: {error}")
     return Finding("launcher", "ok", "flow processes can be started")
 
 
 async def _sandbox(settings: Settings) -> Finding:
-    from flowagent.runners.confinement import Confinement
-
-    with tempfile.TemporaryDirectory(prefix="flowagent-doctor-") as directory:
-        try:
-            (Path(directory) / "runs").mkdir()
-            confinement = Confinement(settings, Path(directory) / "runs")
-        except FlowagentError as error:
-            return Finding("sandbox", "failed", str(error))
-    chosen = f"runs get level {confinement.floor} or better"
-    gaps = confinement.gaps
+    try:
+        with _confinement(settings) as (_, confinement):
+            chosen = f"runs get level {confinement.floor} or better"
+            gaps = confinement.gaps
+    except FlowagentError as error:
+        return Finding("sandbox", "failed", str(error))
     if gaps:
         return Finding("sandbox", "note", f"{chosen}; {'; '.join(gaps)}")
     return Finding("sandbox", "ok", chosen)
@@ -168,11 +173,11 @@ async def _limits(settings: Settings) -> Finding:
     from flowagent.runtime import cgroups
 
     found = cgroups.find()
-    if not {cgroups.MEMORY, cgroups.UNIFIED} & set(found):
+    if not all(cgroups.limits(found, controller) for controller in (cgroups.MEMORY, cgroups.PIDS)):
         return Finding(
             "limits",
             "note",
-            "no control groups: memory and processes of runs are watched, several times a second",
+            "not both memory and processes have control groups: the others are watched, often",
             "start the agent by its systemd unit, which has Delegate=yes",
         )
     return Finding("limits", "ok", f"by control groups: {', '.join(sorted(found))}")

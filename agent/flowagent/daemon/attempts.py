@@ -114,10 +114,10 @@ class Attempt:
 
     async def execute(self) -> None:
         """Resolve, materialise, start, follow and record a fresh claim."""
-        supervisor: int | None = None
+        end: int | None = None
         try:
             with self._preparing:
-                supervisor = await self._start()
+                end = await self._start()
         except LeaseLostError as error:
             self._log.warning("not started", error=str(error))
             await self._discard()
@@ -132,8 +132,8 @@ class Attempt:
             reason = f"could not be started: {type(error).__name__}: {error}"
             await self._end_unstarted(Outcome(State.CRASHED, reason))
         else:
-            if supervisor is not None:
-                await self._follow(supervisor)
+            if end is not None:
+                await self._follow(end)
             else:
                 await self._end_unstarted(Outcome(State.CANCELLED, self._stop_reason))
 
@@ -194,7 +194,7 @@ class Attempt:
                 await anyio.lowlevel.checkpoint()
             # From here on the process may live: the answer must not be lost to a cancellation in between.
             with anyio.CancelScope(shield=True):
-                supervisor = await services.runner.start(
+                end = await services.runner.start(
                     self.directory,
                     level=level,
                     limits=services.confinement.limits_of(config),
@@ -204,7 +204,7 @@ class Attempt:
                     values=values,
                     lease_fd=source.lease,
                 )
-        return supervisor
+        return end
 
     def _planned(
         self, backend: Backend, revision: Revision, source: Path, level: str, grants: Mapping[str, Json]
@@ -248,20 +248,21 @@ class Attempt:
 
     # -- follow ----------------------------------------------------------------------------------------
 
-    async def _follow(self, supervisor: int | None) -> None:
-        """Ship output until the supervisor has ended, then record the end."""
+    async def _follow(self, end: int | None) -> None:
+        """Ship output until nobody supervises it any more, then record the end. ``end``: see the runner's
+        ``start``; None for an attempt that an agent before this one has started."""
         services = self._services
         if self._stop_reason is not None:  # asked for while it was being started
             services.runner.stop(self.directory, self._stop_reason, services.settings.grace)
         try:
             start = 0
-            if supervisor is None:
+            if end is None:
                 asked = partial(services.store.shipped, self.run_id, self.number)
                 start = await patiently(asked, self._log, "asking for the offset")
             shipper = self._shipper(start)
             status: dict[str, Any] = {}
             with services.lookout.watching(shipper) as watched:
-                status = await services.runner.wait(self.directory, supervisor)
+                status = await services.runner.wait(self.directory, end)
             await rest(watched)
             if "ended" not in status:
                 killed = services.runner.reap(self.directory, self.run_id, self.number)

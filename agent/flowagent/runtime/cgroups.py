@@ -40,6 +40,16 @@ def find() -> dict[str, str]:
     return found
 
 
+def limits(roots: Mapping[str, str], controller: str) -> bool:
+    """Whether groups below ``roots`` can limit memory, or processes: a hierarchy of version 2 alone does not
+    say so, it need not have the controller."""
+    if controller in roots:
+        return True
+    with suppress(OSError, KeyError):
+        return controller in _read(roots[UNIFIED] + "/cgroup.subtree_control").split()
+    return False
+
+
 def _memberships() -> dict[str, str]:
     found = {}
     with suppress(OSError), open(MEMBERSHIP) as file:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
@@ -39,18 +39,44 @@ class Stopped(Stop):
 
 def stand_by(connection: socket.socket, prepared: sandbox.Sandbox, parent: int) -> NoReturn:
     """Become a flow process: get ready, wait for an attempt, confine, load, execute, report, end."""
-    code = 70
-    try:
+
+    def work() -> int:
         _detach(parent)
         renew()
         _rehearse()
         prepared.make_ready()
         packet, fds, _, _ = socket.recv_fds(connection, MAX_PACKET, 3)
-        if packet:
-            job = json.loads(packet)
-            code = _run(RunDirectory(job["directory"]), prepared, Limits(*job["limits"]), fds)
-        else:
-            code = 0  # not needed any more
+        if not packet:
+            return 0  # not needed any more
+        job = json.loads(packet)
+        return _run(RunDirectory(job["directory"]), prepared, Limits(*job["limits"]), fds)
+
+    _end_with(work)
+
+
+def run_inside(arguments: Sequence[str]) -> NoReturn:
+    """The same inside of bubblewrap, where the flow process is an interpreter that has just started."""
+
+    def work() -> int:
+        spec_fd, outcome, secrets, rules = arguments
+        with open(int(spec_fd), "rb") as file:
+            spec = json.load(file)
+        prepare_signals()
+        # Mounts are bubblewrap's here, and the user and the limits are those that it was started with.
+        rest = sandbox.Rules.from_json(rules)._replace(user=None, cgroups=())
+        prepared = sandbox.Sandbox(rest, isolates=False)
+        prepared.make_ready()
+        values = None if secrets == "none" else int(secrets)
+        return _run_flow(RunDirectory(spec["run_directory"]), prepared, Limits(), spec, int(outcome), values)
+
+    _end_with(work)
+
+
+def _end_with(work: Callable[[], int]) -> NoReturn:
+    """End this process with the exit code of its work."""
+    code = 70
+    try:
+        code = work()
     except Stopped:
         code = 128 + signal.SIGTERM
     except BaseException:
@@ -88,27 +114,6 @@ def _rehearse() -> None:
         sys.path[:] = path
         for name in set(sys.modules) - modules:
             del sys.modules[name]
-
-
-def run_inside(arguments: Sequence[str]) -> NoReturn:
-    """The same inside of bubblewrap, where the flow process is an interpreter that has just started."""
-    code = 70
-    try:
-        spec_fd, outcome, secrets, rules = arguments
-        with open(int(spec_fd), "rb") as file:
-            spec = json.load(file)
-        prepare_signals()
-        prepared = sandbox.Sandbox(sandbox.Rules.from_json(rules)._replace(user=None, cgroups=()))
-        prepared.make_ready()
-        directory = RunDirectory(spec["run_directory"])
-        values = None if secrets == "none" else int(secrets)
-        code = _run_flow(directory, prepared, Limits(), spec, int(outcome), values)
-    except Stopped:
-        code = 128 + signal.SIGTERM
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
 
 
 def _run_flow(

@@ -35,7 +35,7 @@ from contextlib import suppress
 from typing import Any
 
 from flowagent.flows.errors import FlowError
-from flowagent.runtime import cgroups, linux, sockets, supervisor
+from flowagent.runtime import cgroups, isolation, linux, sockets, supervisor
 from flowagent.runtime.sandbox import Rules, Sandbox
 from flowagent.runtime.warmth import preload, prepare_flows
 
@@ -317,7 +317,8 @@ def main(arguments: Sequence[str], idle_exit: float = IDLE_EXIT) -> None:
     except FlowError as error:
         sys.exit(str(error))
     prepare_flows()
-    sandbox = Sandbox(Rules.from_json(rules))
+    read = Rules.from_json(rules)
+    sandbox = Sandbox(read, isolates=isolation.possible(read.runs) is None)
     cgroups.sweep(dict(sandbox.rules.cgroups))
     gc.collect()
     gc.freeze()  # what is shared with the children is not touched by their collectors

@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from flowagent.flows.errors import FlowError
-from flowagent.runtime import credentials, isolation, landlock, limits, linux, seccomp
+from flowagent.runtime import cgroups, credentials, isolation, landlock, limits, linux, seccomp
 from flowagent.runtime.rundir import RunDirectory
 
 PROCESS, LANDLOCK, NAMESPACE, CONTAINER = LEVELS = ("process", "landlock", "namespace", "container")
@@ -152,9 +152,9 @@ def gaps(level: str, rules: Rules) -> list[str]:
         )
     if not seccomp.available():
         found.append("no seccomp filter for this processor")
-    names = dict(rules.cgroups)
-    if not names:
-        found.append("no control groups: memory and processes are watched by looking several times a second")
+    for controller, what in ((cgroups.MEMORY, "memory"), (cgroups.PIDS, "processes")):
+        if not cgroups.limits(dict(rules.cgroups), controller):
+            found.append(f"no control group for {what}: the supervisor looks several times a second")
     return found
 
 
@@ -169,11 +169,12 @@ def base_environment(environ: Mapping[str, str]) -> dict[str, str]:
 class Sandbox:
     """Everything that can be made ready before a run; forked with the launcher's children."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, *, isolates: bool) -> None:
+        """``isolates``: whether :mod:`flowagent.runtime.isolation` works here."""
         self.rules = rules
         self.abi = landlock.version()
-        self._accounts = any(name in ("memory", "unified") for name, _ in rules.cgroups)
-        self.isolates = isolation.possible(rules.runs) is None
+        self._limits_memory = cgroups.limits(dict(rules.cgroups), cgroups.MEMORY)
+        self._isolates = isolates
         self._readable = landlock.Readable([*credentials.places(), *rules.denied, rules.home])
         self._everywhere = [
             landlock.rule_for("/", landlock.READ_DIR),  # names may be seen, everywhere
@@ -202,7 +203,7 @@ class Sandbox:
     def confine(self, level: str, run: RunDirectory, spec: Mapping[str, Any], limit: limits.Limits) -> None:
         """Apply a level to the calling process, for ever. :raises OSError: fail closed."""
         grants = spec["grants"]
-        isolated = level == LANDLOCK and self.isolates
+        isolated = level == LANDLOCK and self._isolates
         if level != NAMESPACE:  # there it was done before
             self._limit(limit)
         if isolated:
@@ -234,7 +235,7 @@ class Sandbox:
         score = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
         os.write(score, b"%d" % OOM_SCORE_ADJ)
         os.close(score)
-        limits.apply(limit, memory=not self._accounts)
+        limits.apply(limit, memory=not self._limits_memory)
 
     def _change_user(self) -> None:
         if self.rules.user is None:
