@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# servers, each started by the first test that asks for it
+pytest_plugins = ("tests.object_stores", "benches")
+
 for variable in [name for name in os.environ if name.startswith("FLOWAGENT_") and "TEST" not in name]:
     del os.environ[variable]
 

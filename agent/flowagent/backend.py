@@ -7,7 +7,9 @@ per agent or command, with a :class:`BackendContext`, and are imported when firs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from flowagent.errors import BackendError
 from flowagent.models import Json
+from flowagent.secrets import SecretProvider
+from flowagent.settings import MAX_SOURCE, Settings, Ssh, hostname
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -43,40 +47,116 @@ class Revision:
     """What a storage points at now.
 
     ``id`` is immutable and shown to users. ``directory`` is set when the source is on this machine already
-    and is used in place; otherwise the source cache materialises it, once per ``id``.
+    and is used in place; otherwise the source cache materialises it, once per ``key``: all that its content
+    depends on, by default ``id``. A ``private`` one is copied for each run, which may write to its copy. With
+    ``image``, the source is the directory of that name in a container image, and only there.
     """
 
     id: str
     entry: Entry
     directory: Path | None = None
+    key: str = ""
+    private: bool = False
+    image: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", self.id)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What registration hands to ``upload``: a pickle (``data``) or a script (``path``)."""
+    """What registration hands to ``upload``: a pickle (``data``), a script or a bundle (``path``).
+
+    A bundle is an archive of a script, ``entry`` in it, and its side files (:mod:`flowagent.bundles`).
+    ``given`` is what the flow's code gave to the storage for the upload alone: it is never stored.
+    """
 
     flow_name: str
-    kind: str  # "pickle" or "script"
+    kind: str  # "pickle", "script" or "bundle"
     data: bytes | None = None
     path: Path | None = None
     sha256: str | None = None
     made_with: Mapping[str, str] = field(default_factory=dict)
+    entry: str | None = None
+    given: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backend supports: checked at registration, and shown in the documentation's table.
+
+    ``kinds``: of artifacts. ``revision``: what it is known by. ``credentials``: where they come from.
+    ``results``: the type of the result declaration that follows from the storage.
+    """
+
+    kinds: tuple[str, ...]
+    revision: str
+    credentials: str = "none"
+    results: str | None = None
+    extra: str | None = None  # of flowagent, that installs what it needs
+
+
+class Progress(Protocol):
+    """Shows the progress of something long to whoever waits for it."""
+
+    def __call__(self, what: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
+        """While the context is open, its value is told of each number of bytes that are done."""
+        ...
+
+
+@contextmanager
+def unseen(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """The progress that nobody waits for."""
+    yield lambda amount: None
+
+
+def unsaid(line: str) -> None:
+    """What nobody hears."""
 
 
 @dataclass(frozen=True)
 class BackendContext:
-    """What a backend may know of its host. Secrets are fetched by name when needed, never kept."""
+    """What a backend may know of its host."""
 
     home: Path
     host: str
     writable: tuple[Path, ...] | None = None
     """Where results may be written besides the home's ``results``; None: anywhere. An agent writes for flows,
     and their authors say where."""
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    progress: Progress = unseen
+    say: Callable[[str], None] = unsaid
+    """Tells whoever waits what is going on, a line at a time."""
+    ssh: Ssh = field(default_factory=Ssh)
+    mirrors: Path | None = None
+    """Where what many sources come from may be kept; None: below the home."""
+    max_source: int = MAX_SOURCE
+    """How many bytes a source may have."""
+
+    @classmethod
+    def of(cls, settings: Settings, **options: Any) -> BackendContext:
+        """What the settings say of this machine."""
+        return cls(
+            settings.home,
+            hostname(),
+            ssh=settings.openings,
+            mirrors=settings.mirrors_dir,
+            max_source=settings.max_source,
+            **options,
+        )
+
+    @property
+    def secrets(self) -> SecretProvider:
+        """The secrets of this host. They are fetched by name when they are needed, and never kept."""
+        return SecretProvider(self.home, self.environ)
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """The driver of one storage type. Methods raise :class:`~flowagent.errors.BackendError`."""
+    """The driver of one storage type. Methods raise :class:`~flowagent.errors.BackendError`.
+
+    It may say in an attribute ``features`` (:class:`Features`) what it supports."""
 
     type: str
 
@@ -110,8 +190,15 @@ class Backend(Protocol):
         :raises BackendError: the key leaves the place that the declaration names."""
         ...
 
-    async def get(self, reference: Mapping[str, Json]) -> bytes:
-        """Read a result back by its reference."""
+    async def get(self, reference: Mapping[str, Json], file: Path) -> None:
+        """Write the bytes of a result to ``file``, by its reference.
+
+        :raises StorageNotFoundError: it is gone.
+        :raises BackendError: it is not what was put there; ``file`` is not to be used."""
+        ...
+
+    async def close(self) -> None:
+        """Close what was kept open between calls: connections, processes."""
         ...
 
 
@@ -135,6 +222,11 @@ class Backends:
             self._backends[storage_type] = self._load(storage_type)
         return self._backends[storage_type]
 
+    async def close(self) -> None:
+        """Close those that were used."""
+        for backend in self._backends.values():
+            await backend.close()
+
     def _load(self, storage_type: str) -> Backend:
         entry = _entry_points().get(storage_type)
         if entry is None:
@@ -145,7 +237,7 @@ class Backends:
             )
         try:
             factory: Any = entry.load()
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:
             raise BackendError(
                 f"the backend of storage {storage_type!r} cannot be imported: {error}; "
                 f"install what it needs in the agent's environment"

@@ -15,7 +15,10 @@ Every message is one line: what failed, for which flow, storage or run, and what
     │   ├── StorageNotFoundError    the bucket, object, ref or file does not exist
     │   └── StorageTransientError   a retry can help
     ├── SourceCacheError      the source cache could not publish a source
-    └── LauncherError         a flow process could not be started
+    ├── SandboxError          a flow asks for what this agent cannot, or will not, give
+    ├── LauncherError         a flow process could not be started
+    ├── AgentError            an agent could not do what it was started for
+    └── HookError             a hook of the operator refused, or failed
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ from __future__ import annotations
 from flowagent.flows.errors import FlowagentError, FlowError
 
 __all__ = [
+    "AgentError",
     "BackendError",
     "FlowError",
     "FlowagentError",
+    "HookError",
     "LauncherError",
     "LeaseLostError",
     "NotFoundError",
@@ -37,7 +42,14 @@ __all__ = [
     "StoreError",
     "StoreUnavailableError",
     "UsageError",
+    "one_line",
 ]
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """What somebody else says, as it can stand in a message: short, and nothing that a terminal obeys."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text[: most * 16])
+    return " ".join(printable.split())[:most]
 
 
 class UsageError(FlowagentError):
@@ -96,4 +108,18 @@ class SandboxError(FlowagentError):
 
 
 class LauncherError(FlowagentError):
-    """The launcher could not be reached, or could not start a flow process."""
+    """A flow process could not be started: by the launcher, or by the engine in a container."""
+
+    retryable = True
+
+
+class AgentError(FlowagentError):
+    """An agent could not do what it was started for."""
+
+
+class HookError(FlowagentError):
+    """A hook refused a source or a run, or could not be run. ``retryable``: it may think better of it."""
+
+    def __init__(self, message: str, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable

@@ -31,6 +31,21 @@ def _checked(label: str) -> str:
     return label
 
 
+def common_runners(of_config: Iterable[str], of_storage: Iterable[str]) -> tuple[str, ...]:
+    """The runners that can execute a flow, as its run config and its storage say; none means any for each.
+
+    :raises UsageError: there is none that both can be executed by."""
+    configs, storages = list(of_config), list(of_storage)
+    if not configs or not storages:
+        return tuple(configs or storages)
+    if both := tuple(name for name in configs if name in storages):
+        return both
+    raise UsageError(
+        f"its run config is for runner {' or '.join(configs)}, and its storage for runner "
+        f"{' or '.join(storages)}; no agent can be both: change one of them"
+    )
+
+
 def serves(
     agent_labels: Collection[str],
     require_labels: bool,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +19,19 @@ import anyio
 
 from flowagent import labels as label_names
 from flowagent import settings as settings_of
-from flowagent.backend import Artifact, Backend, BackendContext, Backends
-from flowagent.errors import BackendError, NotFoundError
+from flowagent.backend import (
+    Artifact,
+    Backend,
+    BackendContext,
+    Backends,
+    Features,
+    Progress,
+    unsaid,
+    unseen,
+)
+from flowagent.errors import BackendError, NotFoundError, UsageError
 from flowagent.models import FlowSpec, FlowVersion, Json, Registration
-from flowagent.run_configs import UniversalRun
+from flowagent.run_configs import RunConfig, UniversalRun
 from flowagent.settings import Settings
 from flowagent.storage import Local, Storage
 from flowagent.store import open_store
@@ -38,6 +48,14 @@ class Candidate:
     flow: BaseFlow
     script: Path | None = None
     default_storage: Storage | None = None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An artifact. ``fingerprint``: equal for equal content; None: nothing is brought to the storage."""
+
+    artifact: Artifact
+    fingerprint: str | None
 
 
 class Registrar:
@@ -58,30 +76,25 @@ class Registrar:
         declared = storage.to_json()
         backend = self._backends.get(declared["type"])
         spec = _spec(flow, backend, declared, project, labels)
-        if storage.stored_as_script:
-            artifact = Artifact(spec.name, "script", path=candidate.script)
-            spec = replace(spec, storage=await backend.upload(declared, artifact))
-            return await self._store.register(spec, _content_hash(spec, declared, None))
-        return await self._register_pickle(spec, flow, backend, candidate.script)
+        with tempfile.TemporaryDirectory(prefix="flowagent-") as directory:
+            made = await anyio.to_thread.run_sync(_artifact, flow, storage, candidate, Path(directory))
+            _check_kind(backend, made.artifact)
+            if made.fingerprint is not None:
+                return await self._keep(spec, backend, made)
+            spec = replace(spec, storage=await backend.upload(declared, made.artifact))
+        return await self._store.register(spec, _content_hash(spec, None))
 
-    async def _register_pickle(
-        self, spec: FlowSpec, flow: BaseFlow, backend: Backend, script: Path | None
-    ) -> Registration:
-        from flowagent.flows import pickles
-
-        pickle = pickles.dump(flow, script.parent if script else None)
+    async def _keep(self, spec: FlowSpec, backend: Backend, made: _Made) -> Registration:
+        """Upload an artifact, unless a version has it that can still be had."""
         known = {version.content_hash: version for version in await self._versions(spec.name)}
-        for content_hash in _generations(_content_hash(spec, spec.storage, pickle.fingerprint)):
+        for content_hash in _generations(_content_hash(spec, made.fingerprint)):
             version = known.get(content_hash)
             if version is None:
                 break
             if await _intact(backend, version.spec.storage):
                 return await self._store.register(version.spec, content_hash)
-        artifact = Artifact(
-            spec.name, "pickle", data=pickle.data, sha256=pickle.sha256, made_with=pickle.made_with
-        )
-        stored = await backend.upload(spec.storage, artifact)
-        stored["artifact"] = {**stored["artifact"], "fingerprint": pickle.fingerprint}
+        stored = await backend.upload(spec.storage, made.artifact)
+        stored["artifact"] = {**stored["artifact"], "fingerprint": made.fingerprint}
         return await self._store.register(replace(spec, storage=stored), content_hash)
 
     async def _versions(self, name: str) -> list[FlowVersion]:
@@ -92,14 +105,20 @@ class Registrar:
 
 
 @asynccontextmanager
-async def registrar(settings: Settings | None = None) -> AsyncIterator[Registrar]:
+async def registrar(
+    settings: Settings | None = None,
+    progress: Progress = unseen,
+    say: Callable[[str], None] = unsaid,
+) -> AsyncIterator[Registrar]:
     """A registrar on the store of the settings, open as long as the context is."""
     settings = settings or settings_of.load()
     store = await open_store(settings.store)
+    backends = Backends(BackendContext.of(settings, progress=progress, say=say))
     try:
-        yield Registrar(store, Backends(BackendContext(settings.home, settings_of.hostname())))
+        yield Registrar(store, backends)
     finally:
         with anyio.CancelScope(shield=True):
+            await backends.close()
             await store.close()
 
 
@@ -159,6 +178,7 @@ def _spec(
     """The flow's description with all defaults that follow from its storage."""
     spec = FlowSpec.from_json(flow.describe())
     run_config = spec.run_config or UniversalRun().to_json()
+    label_names.common_runners(RunConfig.from_json(run_config).runners, storage.get("runners") or ())
     all_labels = (
         *spec.labels,
         *run_config["labels"],
@@ -176,12 +196,76 @@ def _spec(
     )
 
 
-def _content_hash(spec: FlowSpec, declared: dict[str, Json], fingerprint: str | None) -> str:
+def _artifact(flow: BaseFlow, storage: Storage, candidate: Candidate, directory: Path) -> _Made:
+    """What is to be stored of a flow: a pickle, its script, or with side files a bundle in ``directory``."""
+    given = {name: value for name in storage.unstored if (value := getattr(storage, name)) is not None}
+    named = given.get("local_script_path") or getattr(storage, "flow_script_path", None)
+    named = named or (storage.path if isinstance(storage, Local) else None)
+    script = Path(named) if named else candidate.script
+    if not storage.stored_as_script:
+        from flowagent.flows import pickles
+
+        pickle = pickles.dump(flow, candidate.script.parent if candidate.script else None)
+        return _Made(
+            Artifact(
+                flow.name,
+                "pickle",
+                data=pickle.data,
+                sha256=pickle.sha256,
+                made_with=pickle.made_with,
+                given=given,
+            ),
+            pickle.fingerprint,
+        )
+    include = getattr(storage, "include", ())
+    if include:
+        return _bundle(flow, _readable(flow, script), include, directory, given)
+    if storage.keeps_scripts and script is not None:
+        sha256 = hashlib.sha256(_readable(flow, script).read_bytes()).hexdigest()
+        artifact = Artifact(flow.name, "script", path=script, sha256=sha256, entry=script.name, given=given)
+        return _Made(artifact, f"script:{script.name}:{sha256}")
+    return _Made(Artifact(flow.name, "script", path=candidate.script, given=given), None)
+
+
+def _bundle(
+    flow: BaseFlow, script: Path, include: Iterable[str], directory: Path, given: dict[str, Json]
+) -> _Made:
+    from flowagent import bundles
+
+    bundle = bundles.pack(script, include, directory / "bundle")
+    artifact = Artifact(
+        flow.name, "bundle", path=bundle.path, sha256=bundle.sha256, entry=bundle.entry, given=given
+    )
+    return _Made(artifact, f"bundle:{bundle.entry}:{bundle.sha256}")
+
+
+def _readable(flow: BaseFlow, script: Path | None) -> Path:
+    if script is None:
+        raise UsageError(
+            f"which script flow {flow.name!r} is stored as is not known; register it with: flowagent register"
+        )
+    if not (script.is_file() and os.access(script, os.R_OK)):
+        raise UsageError(f"flow {flow.name!r}: there is no script {script} to read; correct its path")
+    return script
+
+
+def _check_kind(backend: Backend, artifact: Artifact) -> None:
+    features: Features | None = getattr(backend, "features", None)
+    if features is not None and artifact.kind not in features.kinds:
+        instead = {
+            "pickle": "add stored_as_script=True",
+            "bundle": "leave out include=",
+            "script": "leave out stored_as_script=True",
+        }
+        raise BackendError(
+            f"{backend.type}: keeps {' and '.join(f'{kind}s' for kind in features.kinds)}, and no "
+            f"{artifact.kind}s, so flow {artifact.flow_name!r} is not stored; {instead[artifact.kind]}"
+        )
+
+
+def _content_hash(spec: FlowSpec, fingerprint: str | None) -> str:
     """The key of a version: what was declared and the code, without what differs with each upload."""
-    storage = spec.storage
-    if artifact := storage.get("artifact"):
-        storage = {**storage, "path": declared.get("path"), "artifact": artifact["sha256"]}
-    content = {**replace(spec, storage=storage).to_json(), "fingerprint": fingerprint}
+    content = {**spec.to_json(), "fingerprint": fingerprint}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -201,6 +285,10 @@ async def _intact(backend: Backend, storage: dict[str, Json]) -> bool:
         revision = await backend.resolve(storage)
         with tempfile.TemporaryDirectory(prefix="flowagent-") as directory:
             await backend.materialise(storage, revision, Path(directory))
+            if storage["artifact"]["kind"] == "script":  # which may have been edited there
+                assert revision.entry.path is not None
+                content = (Path(directory) / revision.entry.path).read_bytes()
+                return bool(hashlib.sha256(content).hexdigest() == storage["artifact"]["sha256"])
     except BackendError as error:
         if error.retryable:
             raise
@@ -242,7 +330,8 @@ def changes(old: FlowSpec, new: FlowSpec) -> list[str]:
 
 def _place(storage: dict[str, Json]) -> dict[str, Json]:
     uploaded = storage.get("artifact") is not None
-    return {key: value for key, value in storage.items() if not (uploaded and key in ("artifact", "path"))}
+    made = ("artifact", "path", "key", "blob_name")  # where registration put it
+    return {key: value for key, value in storage.items() if not (uploaded and key in made)}
 
 
 def _code(storage: dict[str, Json]) -> str | None:

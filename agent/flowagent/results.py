@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowagent.flows.results import JSONSerializer, LocalResult, PickleSerializer, Result, Serializer
+from flowagent.flows.results import (
+    AzureResult,
+    GCSResult,
+    JSONSerializer,
+    LocalResult,
+    PandasSerializer,
+    PickleSerializer,
+    Result,
+    S3Result,
+    Serializer,
+)
 
-__all__ = ["JSONSerializer", "LocalResult", "PickleSerializer", "Result", "Serializer"]
+__all__ = [
+    "AzureResult",
+    "GCSResult",
+    "JSONSerializer",
+    "LocalResult",
+    "PandasSerializer",
+    "PickleSerializer",
+    "Result",
+    "S3Result",
+    "Serializer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -170,9 +170,24 @@ def _port(value: Any, what: str) -> int:
 
 
 class DockerRun(RunConfig):
-    """A container on the agent's Docker engine. ``volumes`` are ``"source:target[:mode]"``."""
+    """A container on the agent's Docker engine.
 
-    fields: ClassVar[tuple[str, ...]] = ("image", "ports", "host_config", "volumes")
+    Without ``image`` it is the agent's default one. ``volumes`` are ``"source:target[:ro]"``; ``host_config``
+    holds keys of the Engine API, of which the agent decides which it allows; ``ports`` are exposed, not
+    published. With ``resolve="agent"`` the agent fetches the flow and hands it in, so that the image needs
+    nothing but a ``python`` and gets no credentials; with ``"container"`` the image has flowagent, which
+    fetches the flow with the container's own credentials. ``limits`` are those of a LocalRun.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = (
+        "image",
+        "ports",
+        "host_config",
+        "volumes",
+        "resolve",
+        "python",
+        "limits",
+    )
     runners: ClassVar[tuple[str, ...]] = ("docker",)
 
     def __init__(
@@ -183,6 +198,10 @@ class DockerRun(RunConfig):
         ports: Iterable[int] | None = None,
         host_config: Mapping[str, Any] | None = None,
         volumes: Iterable[str] | None = None,
+        *,
+        resolve: str = "agent",
+        python: str | None = None,
+        limits: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(env, labels, **options)
@@ -194,10 +213,15 @@ class DockerRun(RunConfig):
             raise FlowError(f"DockerRun: host_config takes a dict; got {type(host_config).__name__}")
         self.host_config = plain(dict(host_config or {}), "DockerRun: host_config")
         if isinstance(volumes, (str, bytes)):
-            raise FlowError(f"DockerRun: volumes takes a list of 'source:target[:mode]'; got {volumes!r}")
+            raise FlowError(f"DockerRun: volumes takes a list of 'source:target[:ro]'; got {volumes!r}")
         self.volumes = list(volumes or ())
         for volume in self.volumes:
             text(volume, "DockerRun: volumes, each of them,")
+        if resolve not in ("agent", "container"):
+            raise FlowError(f"DockerRun: resolve is 'agent' or 'container'; got {resolve!r}")
+        self.resolve = resolve
+        self.python = text(python, "DockerRun: python")
+        self.limits = checked_limits(limits, "DockerRun: limits")
 
 
 class KubernetesRun(RunConfig):

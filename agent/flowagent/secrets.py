@@ -13,6 +13,8 @@ from flowagent import files
 from flowagent.errors import NotFoundError, SecretError
 
 PREFIX = "FLOWAGENT_SECRET_"
+DIRECTORY = "secrets_"
+"""What systemd puts before the names of a directory's files: ``LoadCredential=secrets:/a/directory``."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
@@ -51,18 +53,18 @@ class SecretProvider:
         """Where the value would be read: ``environment``, ``systemd`` or ``file``; None: it is not set."""
         if PREFIX + check_name(name) in self._environ:
             return "environment"
-        credentials = self._credentials()
-        if credentials is not None and (credentials / name).is_file():
+        if any(path.is_file() for path in self._credentials(name)):
             return "systemd"
         return "file" if os.path.lexists(self._directory / name) else None
 
     def names(self) -> tuple[str, ...]:
         """The names of all secrets that are set, sorted."""
         candidates = [key.removeprefix(PREFIX) for key in self._environ if key.startswith(PREFIX)]
-        for directory in (self._credentials(), self._directory):
-            if directory is not None:
-                with suppress(OSError):
-                    candidates += os.listdir(directory)
+        with suppress(OSError):
+            candidates += os.listdir(self._directory)
+        if directory := self._environ.get("CREDENTIALS_DIRECTORY"):
+            with suppress(OSError):
+                candidates += [name.removeprefix(DIRECTORY) for name in os.listdir(directory)]
         return tuple(sorted({name for name in candidates if _NAME.fullmatch(name)}))
 
     def set(self, name: str, value: str) -> None:
@@ -98,16 +100,17 @@ class SecretProvider:
     def _find(self, name: str) -> str | None:
         if (value := self._environ.get(PREFIX + name)) is not None:
             return _text(name, os.fsencode(value), f"the environment variable {PREFIX}{name}")
-        credentials = self._credentials()
-        if credentials is not None and (data := _read(name, credentials / name, ours=False)) is not None:
-            return _text(name, data, str(credentials / name))
+        for path in self._credentials(name):
+            if (data := _read(name, path, ours=False)) is not None:
+                return _text(name, data, str(path))
         path = self._directory / name
         data = _read(name, path, ours=True)
         return None if data is None else _text(name, data, str(path))
 
-    def _credentials(self) -> Path | None:
+    def _credentials(self, name: str) -> list[Path]:
+        """Where systemd may have put a secret: one by one, or of a whole directory."""
         directory = self._environ.get("CREDENTIALS_DIRECTORY")
-        return Path(directory) if directory else None
+        return [Path(directory, name), Path(directory, DIRECTORY + name)] if directory else []
 
 
 def _text(name: str, data: bytes, where: str) -> str:

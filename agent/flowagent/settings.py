@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from flowagent import labels as label_names
+from flowagent import kinds
 from flowagent.errors import SettingsError, UsageError
-from flowagent.flows import declarations
-from flowagent.flows.errors import FlowError
 
 PREFIX = "FLOWAGENT_"
 FILE = "config.toml"
-TOP_LEVEL = ("home", "store")
+TOP_LEVEL = ("home", "store", "cache", "ssh")
 """Keys of the configuration file outside of its ``[agent]`` table."""
+SECRETIVE = ("store", "env", "notify")
+"""Settings that may hold passwords or tokens: their values are not printed as they are."""
 
 
 DEFAULT_MAX: Mapping[str, float | None] = {
@@ -27,6 +27,22 @@ DEFAULT_MAX: Mapping[str, float | None] = {
     "memory": int(0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
 }
 """What a run may use if nobody says otherwise: more than any should need, less than harms the machine."""
+
+
+MAX_SOURCE = 8 << 30
+"""How many bytes a source may have, if nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Ssh:
+    """How an agent gets to hosts by ssh. ``directory``: of keys, known_hosts and config; None: ~/.ssh.
+
+    ``hosts``, by host or by ``host/path/of/repository``, have a ``key`` or ``key_secret``, and
+    ``known_hosts``."""
+
+    directory: Path | None = None
+    client: str = "asyncssh"
+    hosts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def hostname() -> str:
@@ -45,6 +61,7 @@ class Settings:
     hostname_label: bool = True
     require_labels: bool = False
     limit: int | None = None  # runs at the same time; None: see capacity
+    runner: str = "process"  # what runs are executed in
     env: Mapping[str, str] = field(default_factory=dict)  # added to the environment of every flow
     import_paths: tuple[Path, ...] = ()
     log_format: str = "auto"
@@ -59,12 +76,42 @@ class Settings:
     run_as: str | None = None  # the user that flows run as; None: the agent's
     preload: tuple[str, ...] = ()  # modules that every launcher imports before it forks
     max: Mapping[str, float | None] = field(default_factory=lambda: DEFAULT_MAX)  # limits of every run
+    max_source: int = MAX_SOURCE  # bytes that a source may have
+    ssh_dir: Path | None = None  # keys, known_hosts and config; None: ~/.ssh
+    ssh_client: str = "asyncssh"  # or openssh
+    ssh: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # keys and known hosts by host
+    # of runs in containers
+    engine: str | None = None  # URL of the Docker engine; None: as the docker command finds it
+    image: str | None = None  # for runs that name none; None: Python of the agent's version
+    pull: str = "missing"  # when images are pulled: missing, always, never
+    registry_allow: tuple[str, ...] | None = None  # registries that images may be from; None: any
+    volumes: tuple[str, ...] = ()  # mounted into every container: SOURCE:TARGET[:ro]
+    networks: tuple[str, ...] = ()  # that every container is in
+    allow_host_config: tuple[str, ...] = ()  # keys of a host_config that flows may set besides harmless ones
+    keep: str = "none"  # which containers are kept when they have ended: none, failed
+    health_address: str | None = None  # HOST:PORT or a path: where health and metrics are served
+    max_runs: int | None = None  # after so many claims, drain and end
+    idle_exit: float | None = None  # after so long without a run, end
+    reserve: int = 500 << 20  # bytes: with less free on its disks, the agent takes nothing new
+    hooks: Path | None = None  # a directory of programs that are run around sources and runs
+    hook_timeout: float = 30.0
+    notify: str | None = None  # a URL that is told of every run that ended
+    notify_key: str | None = None  # the secret that signs it
+    tracing: str = "off"
+    cache: Path | None = None  # where sources are kept; None: in the home
     config: Path | None = None  # the file that these were read from
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Of what was not left at its default, by field: where it was set."""
 
     @property
     def capacity(self) -> int:
         """How many runs an agent executes at the same time: the limit, or twice the CPUs it may use."""
         return self.limit or max(2, 2 * len(os.sched_getaffinity(0)))
+
+    @property
+    def openings(self) -> Ssh:
+        """How this agent gets to hosts by ssh."""
+        return Ssh(self.ssh_dir, self.ssh_client, self.ssh)
 
     @property
     def flows_dir(self) -> Path:
@@ -76,7 +123,11 @@ class Settings:
 
     @property
     def sources_dir(self) -> Path:
-        return self.home / "sources"
+        return (self.cache or self.home) / "sources"
+
+    @property
+    def mirrors_dir(self) -> Path:
+        return (self.cache or self.home) / "mirrors"
 
     @property
     def agents_dir(self) -> Path:
@@ -94,27 +145,34 @@ def load(
 ) -> Settings:
     """Settings from ``config``, overridden by ``FLOWAGENT_*`` variables, overridden by flags.
 
-    ``config`` None: config.toml in the home, if it is there. Flags are ``overrides`` by field name; None
-    means not given. The home is created, readable by its owner only.
+    ``config`` None: the file that FLOWAGENT_CONFIG names, else config.toml in the home, if it is there. Flags
+    are ``overrides`` by field name; None means not given. The home is created, readable by its owner only.
 
     :raises SettingsError: a key is unknown, a value has the wrong type, or the file cannot be read."""
     flags = {key: value for key, value in (overrides or {}).items() if value is not None}
     for key in flags:
         if key not in _KINDS:
             raise SettingsError(_unknown(key, "option", list(_KINDS)))
-    values: dict[str, Any] = {"home": Path("~/.flowagent")}
-    layers = (_from_environment(environ), {key: _value(key, flags[key], f"option {key}") for key in flags})
-    for layer in layers:
-        if "home" in layer:
-            values["home"] = layer["home"]
-    values["home"] = values["home"].expanduser().absolute()
-    values |= _from_file(config, values["home"] / FILE)
-    for layer in layers:
-        values |= layer
-    home = values["home"] = values["home"].expanduser().absolute()
+    if config is None and (named := environ.get(f"{PREFIX}CONFIG")):
+        config = Path(named).expanduser()
+    environment = {
+        key: (value, f"variable {PREFIX}{key.upper()}") for key, value in _from_environment(environ).items()
+    }
+    given = {
+        key: (_value(key, value, f"option {key}"), f"option --{key.replace('_', '-')}")
+        for key, value in flags.items()
+    }
+    above = environment | given
+    home = above["home"][0] if "home" in above else Path("~/.flowagent").expanduser()
+    path = config or home / FILE
+    file = {key: (value, f"file {path}") for key, value in _from_file(config, path).items()}
+    found = file | above
+    values: dict[str, Any] = {"home": home, **{key: value for key, (value, _) in found.items()}}
+    home = values["home"]
     values.setdefault("store", f"sqlite:///{home}/flowagent.db")
     values["max"] = {**DEFAULT_MAX, **values.get("max", {})}
     values["config"] = config.absolute() if config is not None else None
+    values["origins"] = {key: origin for key, (_, origin) in found.items()}
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -127,8 +185,7 @@ def load(
 # -- layers ------------------------------------------------------------------------------------------
 
 
-def _from_file(config: Path | None, default: Path) -> dict[str, Any]:
-    path = config or default
+def _from_file(config: Path | None, path: Path) -> dict[str, Any]:
     try:
         text = path.read_text("utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -145,7 +202,7 @@ def _from_file(config: Path | None, default: Path) -> dict[str, Any]:
 
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SettingsError(f"configuration file {path} is not valid TOML: {error}; correct it") from error
     agent = data.pop("agent", {})
     if not isinstance(agent, dict):
@@ -164,7 +221,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values = {}
     for variable, text in environ.items():
         key = variable.removeprefix(PREFIX).lower()
-        if not variable.startswith(PREFIX) or variable.startswith(f"{PREFIX}SECRET_"):
+        if not variable.startswith(PREFIX) or variable.startswith(f"{PREFIX}SECRET_") or key == "config":
             continue
         if key in _KINDS:
             values[key] = _value(key, text, variable)
@@ -191,158 +248,53 @@ def _unknown(key: str, what: str, known: list[str]) -> str:
 # -- kinds of values -----------------------------------------------------------------------------------
 
 
-def _string(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("a non-empty string")
-    return value
-
-
-def _choice(*choices: str) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if not isinstance(value, str) or value.lower() not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return value.lower()
-
-    return read
-
-
-def _boolean(value: Any) -> bool:
-    words = {
-        "true": True,
-        "1": True,
-        "yes": True,
-        "on": True,
-        "false": False,
-        "0": False,
-        "no": False,
-        "off": False,
-    }
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    raise ValueError("true or false")
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("a whole number from 1 on")
-    return value
-
-
-def _seconds(value: Any) -> float:
-    expected = "a number of seconds above 0"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(expected)
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(expected) from None
-    if not 0 < number < 1e9:
-        raise ValueError(expected)
-    return number
-
-
-def _labels(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return label_names.parse([value]) if value.strip() else ()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise ValueError("a list of strings")
-    return label_names.parse(value)
-
-
-def _environment(value: Any) -> dict[str, str]:
-    """A table of strings, or ``KEY=VALUE`` strings: a list of them, or one with commas between."""
-    expected = "a table of strings, or KEY=VALUE"
-    if isinstance(value, str):
-        value = value.split(",") if value.strip() else []
-    if isinstance(value, (list, tuple)):
-        if not all(isinstance(item, str) and item.partition("=")[0] and "=" in item for item in value):
-            raise ValueError(expected)
-        value = dict(item.split("=", 1) for item in value)
-    if not isinstance(value, Mapping) or not all(isinstance(item, str) for item in (*value, *value.values())):
-        raise ValueError(expected)
-    for key, text in value.items():
-        if not key or "=" in key or "\0" in key + text:
-            raise ValueError(expected)
-    return dict(value)
-
-
-def _modules(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = [item.strip() for item in value.split(",") if item.strip()]
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(item, str) and all(part.isidentifier() for part in item.split(".")) for item in value
-    ):
-        raise ValueError("a list of names of modules")
-    return tuple(dict.fromkeys(value))
-
-
-def _limits(value: Any) -> dict[str, float | None]:
-    """A table of limits, or ``NAME=VALUE`` strings: a list of them, or one with commas between. The value
-    ``none`` takes a default away."""
-    if not isinstance(value, Mapping):
-        value = _environment(value)
-    unlimited = [name for name, text in value.items() if isinstance(text, str) and text.lower() == "none"]
-    given = {name: _number(text) for name, text in value.items() if name not in unlimited}
-    try:
-        declarations.limits(dict.fromkeys(unlimited, 1), "max")
-        return {**declarations.limits(given, "max"), **dict.fromkeys(unlimited)}
-    except FlowError as error:
-        raise ValueError(f"a table of limits ({error})") from None
-
-
-def _number(text: Any) -> Any:
-    """A number that came as text; sizes such as 2G stay what they are."""
-    if isinstance(text, str):
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    return text
-
-
-def _path(value: Any) -> Path:
-    if not isinstance(value, (str, Path)) or not str(value).strip():
-        raise ValueError("a path")
-    return Path(value).expanduser().absolute()
-
-
-def _paths(value: Any) -> tuple[Path, ...]:
-    if isinstance(value, str):
-        value = [item for item in value.split(os.pathsep) if item]
-    if not isinstance(value, (list, tuple)):
-        raise ValueError("a list of paths")
-    return tuple(_path(item) for item in value)
-
-
 _KINDS: Mapping[str, Callable[[Any], Any]] = {
-    "home": _path,
-    "store": _string,
-    "name": _string,
-    "labels": _labels,
-    "hostname_label": _boolean,
-    "require_labels": _boolean,
-    "limit": _count,
-    "env": _environment,
-    "import_paths": _paths,
-    "log_format": _choice("auto", "console", "json"),
-    "log_level": _choice("debug", "info", "warning", "error"),
-    "lease": _seconds,
-    "grace": _seconds,
-    "poll": _seconds,
-    "drain": _seconds,
-    "sandbox": _choice("auto", "process", "landlock", "namespace"),
-    "allow_read": _paths,
-    "allow_write": _paths,
-    "run_as": _string,
-    "preload": _modules,
-    "max": _limits,
+    "home": kinds.path,
+    "store": kinds.string,
+    "cache": kinds.path,
+    "name": kinds.string,
+    "labels": kinds.labels,
+    "hostname_label": kinds.boolean,
+    "require_labels": kinds.boolean,
+    "limit": kinds.count,
+    "env": kinds.environment,
+    "import_paths": kinds.paths,
+    "log_format": kinds.choice("auto", "console", "json", "journal"),
+    "log_level": kinds.choice("debug", "info", "warning", "error"),
+    "lease": kinds.seconds,
+    "grace": kinds.seconds,
+    "poll": kinds.seconds,
+    "drain": kinds.seconds,
+    "sandbox": kinds.choice("auto", "process", "landlock", "namespace"),
+    "allow_read": kinds.paths,
+    "allow_write": kinds.paths,
+    "run_as": kinds.string,
+    "preload": kinds.modules,
+    "max": kinds.limits,
+    "health_address": kinds.address,
+    "max_runs": kinds.count,
+    "idle_exit": kinds.seconds,
+    "reserve": kinds.size,
+    "hooks": kinds.path,
+    "hook_timeout": kinds.seconds,
+    "notify": kinds.web_address,
+    "notify_key": kinds.secret_name,
+    "tracing": kinds.choice("off", "otlp"),
+    "max_source": kinds.size,
+    "ssh_dir": kinds.path,
+    "ssh_client": kinds.choice("asyncssh", "openssh"),
+    "ssh": kinds.ssh_hosts,
+    "runner": kinds.choice("process", "docker"),
+    "engine": kinds.string,
+    "image": kinds.string,
+    "pull": kinds.choice("missing", "always", "never"),
+    "registry_allow": kinds.strings,
+    "volumes": kinds.strings,
+    "networks": kinds.strings,
+    "allow_host_config": kinds.strings,
+    "keep": kinds.choice("none", "failed"),
 }
-assert set(_KINDS) == {item.name for item in fields(Settings)} - {"config"}
+assert set(_KINDS) == {item.name for item in fields(Settings)} - {"config", "origins"}
 
 
 def _value(key: str, value: Any, where: str) -> Any:
@@ -351,4 +303,5 @@ def _value(key: str, value: Any, where: str) -> Any:
     except UsageError as error:
         raise SettingsError(f"{where}: {error}") from error
     except ValueError as error:
-        raise SettingsError(f"{where} has the value {value!r}, and {error} is expected") from None
+        said = "a value that cannot be" if key in SECRETIVE else f"the value {value!r}"
+        raise SettingsError(f"{where} has {said}, and {error} is expected") from None

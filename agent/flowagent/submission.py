@@ -44,7 +44,7 @@ async def submit(
         version_id=version.version_id,
         parameters=checked,
         labels=label_names.parse([*spec.labels, *labels]),
-        runners=config.runners,
+        runners=label_names.common_runners(config.runners, spec.storage.get("runners") or ()),
         due=due,
         idempotency_key=idempotency_key,
         env=_environment(env or {}),
@@ -54,8 +54,11 @@ async def submit(
     return await store.create_run(request)
 
 
-async def repeat(store: Store, run: Run) -> Run:
+async def repeat(store: Store, run: Run, *, from_start: bool = False) -> Run:
     """Ask for another run of the same version as one that has ended, with all that was asked for then.
+
+    Unless the run completed, its agent starts from the results that it left; not so ``from_start``, which is
+    a run of its own.
 
     :raises UsageError: it has not ended."""
     if not run.state.terminal:
@@ -69,7 +72,7 @@ async def repeat(store: Store, run: Run) -> Run:
         env=run.env,
         retries=config.retries,
         retry_delay=config.retry_delay,
-        retry_of=run.id,
+        retry_of=None if from_start else run.id,
     )
     return (await store.create_run(request))[0]
 
@@ -129,7 +132,8 @@ def obstacle(run: Run, found: Iterable[Placement], host: str) -> str | None:
     if any(placement.reason is None for placement in known):
         return None
     asked = ",".join(label for label in run.labels if label != host)
-    command = "flowagent start" + (f" --labels {asked}" if asked else "")
+    runner = f" --runner {run.runners[0]}" if run.runners and "process" not in run.runners else ""
+    command = f"flowagent start{runner}" + (f" --labels {asked}" if asked else "")
     refusals = [
         f"{placement.agent.name} {placement.reason}"
         for placement in known

@@ -14,13 +14,13 @@ from pathlib import Path, PurePosixPath
 from anyio import to_thread
 
 from flowagent import files
-from flowagent.backend import Artifact, BackendContext, Entry, Revision
+from flowagent.backend import Artifact, BackendContext, Entry, Features, Revision
 from flowagent.errors import BackendError, StorageNotFoundError
 from flowagent.flows.names import slug
+from flowagent.flows.results import LocalResult
 from flowagent.models import Json
+from flowagent_backends import artifacts
 
-PICKLE = "flow.pickle"
-"""The file of a pickled flow within its source."""
 SETTLED = 3.0
 """Seconds after which a further change of a file surely shows in its times, on any file system."""
 MOST_SCRIPTS = 1000
@@ -33,6 +33,12 @@ class LocalBackend:
     """Files below the home, or where the declaration says. Scripts run where they are, as they are then."""
 
     type = "Local"
+    features = Features(
+        kinds=("pickle", "script", "bundle"),
+        revision="sha-256 of the file; scripts run in place",
+        credentials="the agent's user",
+        results="LocalResult",
+    )
 
     def __init__(self, context: BackendContext) -> None:
         self._context = context
@@ -41,31 +47,29 @@ class LocalBackend:
     # -- flows ---------------------------------------------------------------------------------------
 
     async def resolve(self, storage: Mapping[str, Json]) -> Revision:
-        """A script: what it says now, in place. A pickle: the digest it was registered with.
+        """A script: what it says now, in place. Pickles and bundles: the digest they were registered with.
 
         :raises StorageNotFoundError: the file is not on this machine."""
         path = self._path(storage)
+        revision = artifacts.pinned(storage)
+        if revision is not None:
+            with self._reading(path):
+                self._check_regular(path, path.stat().st_mode)
+            return revision
         if storage.get("stored_as_script"):
             known = self._known_script(str(path))
             return known if known is not None else await to_thread.run_sync(self._script, path)
-        artifact = storage.get("artifact")
-        if not artifact:
-            raise BackendError(f"Local: {path} was never registered as a pickle; register the flow again")
-        with self._reading(path):
-            self._check_regular(path, path.stat().st_mode)
-        sha256 = artifact["sha256"]
-        entry = Entry("pickle", PICKLE, sha256=sha256, made_with=artifact.get("made_with", {}))
-        return Revision(f"sha256:{sha256}", entry)
+        raise BackendError(f"Local: {path} was never registered as a pickle; register the flow again")
 
     async def materialise(self, storage: Mapping[str, Json], revision: Revision, directory: Path) -> None:
-        """Copy a pickle. :raises BackendError: it is not the one that was registered."""
-        await to_thread.run_sync(self._copy_pickle, self._path(storage), revision.entry.sha256, directory)
+        """Copy a pickle, unpack a bundle. :raises BackendError: it is not the one that was registered."""
+        await to_thread.run_sync(self._copy, storage, directory)
 
     async def upload(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
-        """Write a pickle, at the declared path or under a new name; check that a script is there."""
-        if artifact.kind == "script":
-            return await to_thread.run_sync(self._refer_to_script, storage, artifact)
-        return await to_thread.run_sync(self._write_pickle, storage, artifact)
+        """Write a pickle or bundle, under a new name or at a path that the flow's author gave; check that a
+        script is there."""
+        store = self._refer_to_script if artifact.kind == "script" else self._write
+        return await to_thread.run_sync(store, storage, artifact)
 
     def default_labels(self, storage: Mapping[str, Json]) -> tuple[str, ...]:
         """The name of this machine: no other has the file."""
@@ -73,13 +77,10 @@ class LocalBackend:
 
     def default_result(self, storage: Mapping[str, Json]) -> dict[str, Json] | None:
         """Files in the home of the agent that runs the flow."""
-        return {
-            "type": "LocalResult",
-            "storage": "Local",
-            "dir": None,
-            "location": None,
-            "serializer": "cloudpickle",
-        }
+        return LocalResult().to_json()
+
+    async def close(self) -> None:
+        """Nothing is kept open."""
 
     def _path(self, storage: Mapping[str, Json]) -> Path:
         path = storage.get("path")
@@ -117,20 +118,17 @@ class LocalBackend:
             self._scripts[str(path)] = _identity(status), revision
         return revision
 
-    def _copy_pickle(self, path: Path, sha256: str | None, directory: Path) -> None:
+    def _copy(self, storage: Mapping[str, Json], directory: Path) -> None:
+        path = self._path(storage)
+        copy = directory / ".fetched"
         with self._reading(path):
             source = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             self._check_regular(path, os.fstat(source).st_mode)
-            _, found = files.write(directory / PICKLE, files.read(source))
+            _, found = files.write(copy, files.read(source))
         finally:
             os.close(source)
-        if found != sha256:
-            (directory / PICKLE).unlink()
-            raise BackendError(
-                f"Local: {path} has the digest sha256:{found}, and was registered with sha256:{sha256}; "
-                "it was changed since: register the flow again"
-            )
+        artifacts.settle(f"Local: {path}", storage, copy, found, directory)
 
     def _refer_to_script(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
         declared = storage.get("path") or artifact.path
@@ -142,40 +140,36 @@ class LocalBackend:
         self._script(path)
         return {**storage, "path": str(path)}
 
-    def _write_pickle(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
-        assert artifact.data is not None
-        declared = storage.get("path")
+    def _write(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
+        declared = storage.get("path") if artifact.kind == "pickle" else None  # else it is the script's
         try:
             if declared:
                 path = Path(declared).expanduser().absolute()
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                files.write(path, [artifact.data])
+                size, _ = files.write(path, _content(artifact))
             else:
-                path = self._write_new(storage.get("directory"), artifact.flow_name, artifact.data)
+                path, size = self._write_new(storage.get("directory"), artifact)
         except OSError as error:
             where = declared or storage.get("directory") or self._context.home / "flows"
             raise BackendError(
                 f"Local: flow {artifact.flow_name!r} cannot be written to {where}: {error.strerror}; "
                 "check that directory"
             ) from error
-        pinned = {
-            "kind": "pickle",
-            "sha256": artifact.sha256 or hashlib.sha256(artifact.data).hexdigest(),
-            "size": len(artifact.data),
-            "made_with": dict(artifact.made_with),
-        }
         # a storage has a directory or a path, and now it is this path
-        return {**storage, "directory": None, "path": str(path), "artifact": pinned}
+        described = artifacts.describe(artifact, size)
+        return {**storage, "directory": None, "path": str(path), "artifact": described}
 
-    def _write_new(self, directory: str | None, flow_name: str, data: bytes) -> Path:
+    def _write_new(self, directory: str | None, artifact: Artifact) -> tuple[Path, int]:
         root = Path(directory).expanduser().absolute() if directory else self._context.home / "flows"
-        parent = root / slug(flow_name)
+        parent = root / slug(artifact.flow_name)
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if artifact.kind == "bundle":
+            path = parent / f"{artifact.sha256}.tar"
+            return path, files.write(path, _content(artifact))[0]
         while True:
             path = parent / slug(datetime.now(UTC).isoformat(timespec="microseconds"))
             with suppress(FileExistsError):  # two flows with the same slug in the same microsecond
-                files.write(path, [data], exclusive=True)
-                return path
+                return path, files.write(path, _content(artifact), exclusive=True)[0]
 
     # -- results -------------------------------------------------------------------------------------
 
@@ -185,22 +179,22 @@ class LocalBackend:
         :raises BackendError: the key leaves that directory, or the file cannot be written."""
         return await to_thread.run_sync(self._write_result, result.get("dir"), key, file)
 
-    async def get(self, reference: Mapping[str, Json]) -> bytes:
-        """Read a result.
+    async def get(self, reference: Mapping[str, Json], file: Path) -> None:
+        """Copy a result to ``file``.
 
         :raises StorageNotFoundError: it is gone.
         :raises BackendError: it was changed since it was written."""
         path = self._path(reference)
 
-        def read() -> bytes:
+        def copy() -> str:
             with self._reading(path):
                 self._check_regular(path, path.stat().st_mode)
-                return path.read_bytes()
+                source = path.open("rb")
+            with source:  # what goes wrong from here on is about ``file``, and its owner knows better
+                return files.write(file, files.read(source.fileno()))[1]
 
-        data = await to_thread.run_sync(read)
-        if hashlib.sha256(data).hexdigest() != reference.get("sha256"):
+        if await to_thread.run_sync(copy) != reference.get("sha256"):
             raise BackendError(f"Local: result {path} was changed since; a later run may have replaced it")
-        return data
 
     def _write_result(self, declared: str | None, key: str, file: Path) -> dict[str, Json]:
         base = Path(declared or self._context.home / "results").expanduser().absolute()
@@ -275,6 +269,15 @@ class LocalBackend:
             raise BackendError(
                 f"Local: {path} on {self._context.host} is not a regular file; register a file"
             )
+
+
+def _content(artifact: Artifact) -> Iterator[bytes]:
+    if artifact.data is not None:
+        yield artifact.data
+        return
+    assert artifact.path is not None
+    with artifact.path.open("rb") as file:
+        yield from files.read(file.fileno())
 
 
 def _identity(status: os.stat_result) -> Identity:

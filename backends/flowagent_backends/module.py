@@ -8,17 +8,19 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from flowagent.backend import Artifact, BackendContext, Entry, Revision
+from flowagent.backend import Artifact, BackendContext, Entry, Features, Revision
 from flowagent.errors import BackendError, StorageNotFoundError
 from flowagent.models import Json
+from flowagent_backends.code_only import CodeOnly
 
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*(:[^\W\d]\w*(\.[^\W\d]\w*)*)?")
 
 
-class ModuleBackend:
+class ModuleBackend(CodeOnly):
     """Flows named by ``pkg.flows`` or ``pkg.flows:attribute``."""
 
     type = "Module"
+    features = Features(kinds=("script",), revision="the module's name and digest")
 
     def __init__(self, context: BackendContext) -> None:
         self._host = context.host
@@ -63,24 +65,6 @@ class ModuleBackend:
                 "check the name"
             )
         return {**storage, "module": reference}
-
-    def default_labels(self, storage: Mapping[str, Json]) -> tuple[str, ...]:
-        """None: any agent that has the module can run it."""
-        return ()
-
-    def default_result(self, storage: Mapping[str, Json]) -> dict[str, Json] | None:
-        """None: a module is no place for results."""
-        return None
-
-    async def put(self, result: Mapping[str, Json], key: str, file: Path) -> dict[str, Json]:
-        """:raises BackendError: always."""
-        raise BackendError(
-            f"Module storage keeps no results, so {key!r} was not kept; give the flow a result=LocalResult()"
-        )
-
-    async def get(self, reference: Mapping[str, Json]) -> bytes:
-        """:raises BackendError: always."""
-        raise BackendError("Module storage keeps no results; give the flow a result=LocalResult()")
 
 
 def _reference(storage: Mapping[str, Json]) -> str:

@@ -214,7 +214,7 @@ def test_completion(home: Path, tmp_path: Path) -> None:
         shown = good(home, _FLOWAGENT_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=position)
         return {line.partition(",")[2] for line in shown.splitlines()}
 
-    assert completed("flowagent re") == {"register", "retry"}
+    assert completed("flowagent re") == {"register", "result", "retry"}
     assert completed("flowagent run d") == {"double"}
     assert completed("flowagent run k") == {"killed"}
 
@@ -641,7 +641,7 @@ def test_secrets_come_from_standard_input_and_stay_hidden(home: Path) -> None:
 
 
 def test_the_source_cache(home: Path, tmp_path: Path) -> None:
-    assert data(home, "cache", "ls") == []
+    assert data(home, "cache", "ls") == {"sources": [], "mirrors": []}
     (tmp_path / "f.py").write_text(
         "from flowagent import Flow, task\nfrom flowagent.storage import Local\n@task\ndef t(): pass\n"
         "with Flow('pickled', storage=Local()) as f:\n    t()\n"
@@ -649,7 +649,7 @@ def test_the_source_cache(home: Path, tmp_path: Path) -> None:
     good(home, "register", tmp_path / "f.py")
     good(home, "run", "pickled")
     good(home, "start", "--once")
-    (entry,) = data(home, "cache", "ls")
+    (entry,) = data(home, "cache", "ls")["sources"]
     assert entry["backend"] == "Local" and entry["bytes"] > 0 and not entry["in_use"]
     assert entry["key"][:12] in good(home, "cache", "ls")
     assert "as they were published" in good(home, "cache", "verify")
@@ -661,14 +661,16 @@ def test_the_source_cache(home: Path, tmp_path: Path) -> None:
     good(home, "start", "--once")
     assert good(home, "cache", "prune", "--max-age", "1h").startswith("removed 0 sources")
     assert good(home, "cache", "prune", "--max-size", "0").startswith("removed 1 source,")
-    assert data(home, "cache", "ls") == []
+    assert data(home, "cache", "ls") == {"sources": [], "mirrors": []}
 
 
 def test_doctor(home: Path) -> None:
     findings = {finding["check"]: finding for finding in data(home, "doctor")}
-    checks = "python home disk store launcher sandbox limits landlock bubblewrap git"
+    checks = (
+        "python home disk store clock launcher sandbox limits landlock bubblewrap git ssh docker kubernetes"
+    )
     assert " ".join(findings) == checks
-    assert {findings[check]["level"] for check in ("python", "home", "store", "launcher")} == {"ok"}
+    assert {findings[check]["level"] for check in ("python", "home", "store", "clock", "launcher")} == {"ok"}
     done = cli(home, "--store", "sqlite:////proc/nothing.db", "doctor")
     assert done.returncode == 1 and "failed  store" in done.stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
@@ -107,6 +108,24 @@ def test_sigterm_drains(lines: Site) -> None:
     assert lines.state(run) == "completed"
     assert lines.state(late) == "scheduled"
     assert processes_of(lines.home) == []
+
+
+def test_an_agent_stopped_at_once_ends_the_launcher_that_a_killed_one_left(site: Site) -> None:
+    killed = site.start()
+    until(lambda: processes_of(site.home))
+    time.sleep(0.5)  # the launcher is up
+    killed.kill()
+    killed.wait()
+    left = processes_of(site.home)
+    for process in left:
+        os.kill(process, signal.SIGSTOP)  # so that the launcher does not answer before the agent is stopped
+    agent = site.start()
+    agent.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    for process in left:
+        os.kill(process, signal.SIGCONT)
+    assert agent.wait(10) == 0
+    assert until(lambda: not processes_of(site.home), 5)
 
 
 def test_a_second_sigterm_cancels(lines: Site) -> None:

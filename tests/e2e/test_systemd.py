@@ -1,14 +1,20 @@
-"""The unit is one that systemd accepts, and fits the agent's settings."""
+"""The units are such that systemd accepts, and fit the agent's settings and each other."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+from tests.e2e.harness import Site
+
 from flowagent.settings import Settings
 
-UNIT = Path(__file__).parents[2] / "systemd" / "flowagent.service"
+UNITS = Path(__file__).parents[2] / "systemd"
+UNIT = UNITS / "flowagent.service"
+DOCUMENT = UNITS.parent / "docs" / "systemd.md"
 PROGRAM = "/opt/flowagent/bin/flowagent"
 
 
@@ -25,9 +31,10 @@ def verify(unit: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    unit = tmp_path / "flowagent.service"
-    text = UNIT.read_text()
+@pytest.mark.parametrize("name", ["flowagent.service", "flowagent@.service", "user/flowagent.service"])
+def test_systemd_accepts_the_unit(tmp_path: Path, name: str) -> None:
+    unit = tmp_path / Path(name).name
+    text = (UNITS / name).read_text()
     assert text.count(PROGRAM) == 1
     unit.write_text(text.replace(PROGRAM, "/bin/true"))  # verify wants a program that is installed
     assert verify(unit) == ""
@@ -44,3 +51,50 @@ def test_the_agent_has_time_to_drain(tmp_path: Path) -> None:
     ]
     settings = Settings(tmp_path, "")
     assert timeout > settings.drain + settings.grace
+
+
+def test_the_template_is_the_unit_but_for_its_name() -> None:
+    def directives(path: Path) -> set[str]:
+        return {line for line in path.read_text().splitlines() if line and not line.startswith("#")}
+
+    one, many = directives(UNIT), directives(UNITS / "flowagent@.service")
+    assert all("%i" in line for line in many - one)
+    assert len(one - many) == 3 and len(many - one) == 4
+
+
+def test_the_exposure_is_what_the_documentation_says(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text())
+    arguments = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
+    printed = subprocess.run(arguments, capture_output=True, text=True, timeout=60).stdout
+    exposure = re.search(r"exposure level for \S+: (\S+)", printed)
+    documented = re.search(r"exposure level of (\d\.\d)", DOCUMENT.read_text())
+    assert exposure and documented, printed[-300:]
+    assert abs(float(exposure[1]) - float(documented[1])) <= 0.3  # versions of systemd differ a little
+    relaxed = set(re.findall(r"^✗ ([A-Za-z]+)=", printed, re.MULTILINE))
+    table = DOCUMENT.read_text().partition("## Hardening")[2]
+    missing = {name for name in relaxed if f"`{name}" not in table}
+    assert not missing, f"docs/systemd.md says nothing of {missing}"
+
+
+def test_a_user_installs_a_unit_of_their_own(site: Site, tmp_path: Path) -> None:
+    site.environment["XDG_CONFIG_HOME"] = str(tmp_path / "config")
+    printed = site.command("systemd", "install", "--user", "-l", "a,b").stdout
+    unit = tmp_path / "config/systemd/user/flowagent.service"
+    assert f"wrote {unit}\n" in printed and "systemctl --user enable --now flowagent" in printed
+    (program,) = re.findall(r"^ExecStart=(\S+) start$", unit.read_text(), re.MULTILINE)
+    assert Path(program).name == "flowagent" and verify(unit) == ""
+    assert (site.home / "config.toml").read_text() == '[agent]\nlabels = ["a", "b"]\n'
+    assert "kept " in site.command("systemd", "install", "--user", "-l", "c").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--user", "--name", "x"], "leave out --name"),
+        (["--name", "../x"], "cannot be an agent's name"),
+        (["--user", "-l", "a b"], "has white space"),
+    ],
+)
+def test_what_cannot_be_installed(site: Site, arguments: list[str], message: str) -> None:
+    assert message in site.command("systemd", "install", *arguments, code=1).stderr

@@ -230,6 +230,12 @@ async def put(backend: LocalBackend, key: str, data: bytes, directory: Path | No
     return await backend.put({"type": "LocalResult", "dir": directory and str(directory)}, key, file)
 
 
+async def got(backend: LocalBackend, reference: Any) -> bytes:
+    file = Path(backend._context.home) / "got"
+    await backend.get(reference, file)
+    return file.read_bytes()
+
+
 async def test_results_are_kept_and_read_back(backend: LocalBackend, home: Path, tmp_path: Path) -> None:
     reference = await put(backend, "a/b/c.pkl", DATA)
     assert reference == {
@@ -239,10 +245,10 @@ async def test_results_are_kept_and_read_back(backend: LocalBackend, home: Path,
         "sha256": SHA256,
     }
     assert stat.S_IMODE(os.stat(reference["path"]).st_mode) == 0o600
-    assert await backend.get(reference) == DATA
+    assert await got(backend, reference) == DATA
     elsewhere = await put(backend, "x", b"", tmp_path / "new" / "dir")
     assert elsewhere["path"] == str(tmp_path / "new" / "dir" / "x")
-    assert await backend.get(elsewhere) == b""
+    assert await got(backend, elsewhere) == b""
 
 
 @pytest.mark.parametrize("key", ["", "/etc/x", "../x", "a/../../x", "a/..", "a/", ".", "a\0b"])
@@ -269,7 +275,7 @@ async def test_a_result_that_was_replaced_or_is_gone(backend: LocalBackend) -> N
     reference = await put(backend, "latest", b"1")
     await put(backend, "latest", b"2")
     with pytest.raises(BackendError, match="was changed since"):
-        await backend.get(reference)
+        await got(backend, reference)
     os.unlink(reference["path"])
     with pytest.raises(StorageNotFoundError, match="on host1"):
-        await backend.get(reference)
+        await got(backend, reference)

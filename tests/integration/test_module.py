@@ -85,4 +85,4 @@ async def test_it_keeps_no_results(backend: ModuleBackend, tmp_path: Path) -> No
     with pytest.raises(BackendError, match="keeps no results"):
         await backend.put({}, "k", tmp_path)
     with pytest.raises(BackendError, match="keeps no results"):
-        await backend.get({})
+        await backend.get({}, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,21 @@ async def test_a_result_stays_until_the_store_knows_of_it(store: SQLStore, tmp_p
     assert not taken.exists()
     (task,) = await store.task_runs(run_id, 1)
     assert Path(task.result["path"]).read_bytes() == b"42"
+
+
+async def test_a_result_that_cannot_be_put_costs_the_result_only(
+    store: SQLStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a backend of anybody's raises, with a secret of the flow in it."""
+
+    async def put(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left for hidden")
+
+    monkeypatch.setattr("flowagent_backends.local.LocalBackend.put", put)
+    directory, shipper, _ = await begin(store, tmp_path, "hidden")
+    (Path(directory.results) / "1").write_bytes(b"42")
+    write(directory, encode({"event": "result", "task": "", "file": "1", "serializer": "json"}))
+    write(directory, b"more")
+    chunks, tasks = await shipper.drain()
+    assert b"more" in b"".join(chunk.data for chunk in chunks)
+    assert [task.result["error"] for task in tasks] == ["OSError: [Errno 28] No space left for ****"]

@@ -18,9 +18,10 @@ from typing import Any
 import anyio
 import pytest
 
+from flowagent import locks
 from flowagent.backend import Entry, Revision
-from flowagent.errors import BackendError, SourceCacheError
-from flowagent.sources import Source, SourceCache, locks, trees
+from flowagent.errors import BackendError, SourceCacheError, StorageNotFoundError
+from flowagent.sources import Source, SourceCache, trees
 
 
 class Files:
@@ -299,11 +300,23 @@ async def test_a_held_source_is_not_collected_though_its_first_holder_closed(tmp
         assert again.directory.is_dir()
 
 
+async def test_a_flow_that_is_not_in_its_source_is_said_with_what_is_near(tmp_path: Path) -> None:
+    cache = SourceCache(tmp_path)
+    tree = {"flows/etl.py": "", "flows/other.py": "", "readme": ""}
+    for path, near in [
+        ("etl.py", "did you mean flows/etl.py?"),
+        ("flows/elt.py", "did you mean flows/etl.py"),
+    ]:
+        with pytest.raises(StorageNotFoundError, match=f"Files source r1 has no file '{path}'; {near}"):
+            await cache.hold(Files(), tree, Revision("r1", Entry("script", path)))
+    assert [entry.in_use for entry in await cache.entries()] == [False]
+
+
 async def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     cache = SourceCache(tmp_path)
     now = time.time()
     for number in range(5):
-        (await cache.hold(Files(), {"a": "x" * 100}, revision(f"r{number}"))).close()
+        (await cache.hold(Files(), {"flow.py": "x" * 100}, revision(f"r{number}"))).close()
         os.utime(cache.lease_path(Files(), revision(f"r{number}")), (0, now - 1000 * (5 - number)))  # type: ignore[arg-type]
     (await cache.hold(Files(), {}, revision("r0"))).close()  # used again
     assert [entry.revision for entry in await cache.entries()] == ["r1", "r2", "r3", "r4", "r0"]

@@ -102,6 +102,8 @@ async def test_nothing_is_created_unless_allowed(empty_url: str, tmp_path: Path)
         ("sqlite://", "names a file"),
         ("sqlite:///:memory:", "names a file"),
         ("postgresql://user:s%zzecret@host/db", "not understood"),
+        ("postgresql://user:half/secret@host/db", "not understood"),
+        ("postgresql://user:1/secret@host/db", "not understood"),
     ],
 )
 async def test_urls_that_name_no_store(url: str, message: str) -> None:

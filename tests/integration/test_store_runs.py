@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from pathlib import Path
 
 import anyio
@@ -260,3 +261,7 @@ async def test_closed_store_says_so(url: str) -> None:
     with pytest.raises(StoreError, match="closed"):
         await store.flows()
     await store.close()
+
+
+async def test_the_clock_of_the_store(store: SQLStore) -> None:
+    assert abs(await store.clock() - time.time()) < 5

@@ -35,7 +35,7 @@ class Recorder(Observer):
         self.events.append((slug, state, tries))
         self.reasons[slug] = reason
 
-    def result(self, slug: str, value: Any, declaration: Any) -> None:
+    def result(self, slug: str, value: Any, declaration: Any, inputs: str | None = None) -> None:
         self.results.append((slug, value, declaration))
 
     def ends(self) -> dict[str, str]:
@@ -530,7 +530,7 @@ def test_nothing_is_kept_without_a_declaration() -> None:
 
 def test_a_result_that_cannot_be_kept_fails_the_task_once() -> None:
     class Full(Recorder):
-        def result(self, slug: str, value: Any, declaration: Any) -> None:
+        def result(self, slug: str, value: Any, declaration: Any, inputs: str | None = None) -> None:
             raise OSError(28, "No space left on device")
 
     calls: list[int] = []

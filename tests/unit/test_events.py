@@ -64,7 +64,7 @@ def test_memory_is_bounded_when_an_event_never_ends() -> None:
     list(parser.feed(b"\x1e"))
     for _ in range(40):
         list(parser.feed(b"x" * (MAX_EVENT // 8)))
-        assert len(parser._pending) <= MAX_EVENT + 1
+        assert len(parser._splitter._pending) <= MAX_EVENT + 1
 
 
 def test_emitted_events_hold_no_frame_bytes_inside(tmp_path) -> None:

@@ -88,10 +88,12 @@ print(json.dumps([state.result[total].result, function.run(n=4).result, foreign,
         ("from flowagent.tasks.shell import ShellTask", "write a task with @flowagent.task"),
         ("from flowagent import case", "plain if inside a task or an @flow function"),
         ("from flowagent.triggers import manual_only", "no manual_only; there are all_successful"),
-        ("from flowagent.storage import S3", "no S3 in this version; there are Local and Module"),
         ("from flowagent.run_configs import ECSRun", "no ECSRun; run an agent"),
-        ("from flowagent.results import S3Result", "no S3Result in this version; there is LocalResult"),
-        ("from flowagent.results import PandasSerializer", "there are PickleSerializer and JSONSerializer"),
+        (
+            "from flowagent.results import PrefectResult",
+            "there are AzureResult, GCSResult, LocalResult, S3Result",
+        ),
+        ("from flowagent.results import CompressedSerializer", "there are JSONSerializer, PandasSerializer"),
     ],
 )
 def test_what_is_not_there_names_the_nearest_thing(statement: str, message: str) -> None:

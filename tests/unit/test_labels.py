@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from flowagent.errors import UsageError
-from flowagent.labels import mismatch, parse, serves
+from flowagent.labels import common_runners, mismatch, parse, serves
 
 
 def test_labels_may_be_repeated_or_separated_by_commas() -> None:
@@ -49,3 +49,25 @@ def test_all_reasons_are_given() -> None:
     assert mismatch((), True, "process", ("b",), ("docker",)) == (
         "lacks label b; runs process flows only; the run needs docker"
     )
+
+
+@pytest.mark.parametrize(
+    ("of_config", "of_storage", "common"),
+    [
+        ([], [], ()),
+        (["process"], [], ("process",)),
+        ([], ["docker", "kubernetes"], ("docker", "kubernetes")),
+        (["docker"], ["docker", "kubernetes"], ("docker",)),
+    ],
+)
+def test_runners_are_those_of_run_config_and_storage(
+    of_config: list[str], of_storage: list[str], common: tuple[str, ...]
+) -> None:
+    assert common_runners(of_config, of_storage) == common
+
+
+def test_a_flow_that_no_runner_can_execute_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match="for runner process, and its storage for runner docker or kubernetes"
+    ):
+        common_runners(["process"], ["docker", "kubernetes"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flowagent.cli.config import masked
 from flowagent.errors import SettingsError
 from flowagent.settings import Settings, load
 
@@ -72,21 +73,28 @@ def test_every_kind_of_value_from_the_environment(tmp_path: Path) -> None:
         ("[agent]\nlable = []", {}, {}, r"key agent.lable is unknown; did you mean agent.label"),
         ("labels = []", {}, {}, r"key labels is unknown; did you mean agent.labels"),
         ("[agent]\nstore = 'x'", {}, {}, r"key agent.store is unknown; did you mean"),
-        ("qqqq = 1", {}, {}, r"key qqqq is unknown; known are home, store, agent.name"),
+        ("qqqq = 1", {}, {}, r"key qqqq is unknown; known are home, store, cache, ssh, agent.name"),
         ("agent = 1", {}, {}, r"a table \[agent\] is expected"),
         ("x = ]\ny = 1", {}, {}, r"config.toml is not valid TOML: .*line 1"),
+        (f"x = {'[' * 5000}", {}, {}, r"config.toml is not valid TOML: .*recursion"),
         ("[agent]\nlimit = '3x'", {}, {}, r"agent.limit has the value '3x', and a whole number"),
         ("[agent]\nlimit = 0", {}, {}, r"agent.limit has the value 0, and"),
         ("[agent]\nlimit = true", {}, {}, r"agent.limit has the value True, and"),
         ("[agent]\nlabels = 3", {}, {}, r"agent.labels has the value 3, and a list of strings"),
         ("[agent]\nlabels = ['a b']", {}, {}, r"agent.labels: label 'a b' has white space"),
-        ("[agent]\nenv = {A = 1}", {}, {}, r"agent.env has the value .*, and a table of strings"),
+        ("[agent]\nenv = {A = 1}", {}, {}, r"agent.env has a value that cannot be, and a table of strings"),
         ("[agent]\nlease = 'soon'", {}, {}, r"a number of seconds above 0 is expected"),
         ("[agent]\nlease = nan", {}, {}, r"a number of seconds above 0 is expected"),
         ("[agent]\nhostname_label = 'maybe'", {}, {}, r"true or false is expected"),
         ("", {"FLOWAGENT_LOG_FORMAT": "xml"}, {}, r"FLOWAGENT_LOG_FORMAT .*'xml', and one of auto, console"),
         ("", {"FLOWAGENT_LABLES": "a"}, {}, r"FLOWAGENT_LABLES is unknown; did you mean FLOWAGENT_LABELS"),
-        ("", {"FLOWAGENT_ENV": "A"}, {}, r"FLOWAGENT_ENV has the value 'A', and .*KEY=VALUE"),
+        ("", {"FLOWAGENT_ENV": "A"}, {}, r"FLOWAGENT_ENV has a value that cannot be, and .*KEY=VALUE"),
+        ("[agent]\nhealth_address = '8080'", {}, {}, r"'8080', and HOST:PORT, or the absolute path"),
+        ("[agent]\nhealth_address = '::1:80'", {}, {}, r"HOST:PORT"),
+        ("[agent]\nhealth_address = 'h:99999'", {}, {}, r"HOST:PORT"),
+        ("[agent]\nreserve = '1 lot'", {}, {}, r"a number of bytes such as 512M or 8G is expected"),
+        ("[agent]\nnotify = 'ftp://x'", {}, {}, r"an http:// or https:// URL without user"),
+        ("[agent]\nnotify_key = 'a-b'", {}, {}, r"the name of a secret is expected"),
         ("", {}, {"limit": -1}, r"option limit has the value -1"),
         ("", {}, {"lmit": 1}, r"option lmit is unknown; did you mean limit"),
     ],
@@ -114,3 +122,78 @@ def test_a_home_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot be created: Not a directory; set FLOWAGENT_HOME"):
         load(None, {"FLOWAGENT_HOME": str(tmp_path / "file" / "home")})
+
+
+def test_a_variable_may_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[agent]\nlimit = 7")
+    environ = {"FLOWAGENT_HOME": f"{tmp_path}/home", "FLOWAGENT_CONFIG": f"{tmp_path}/c.toml"}
+    assert load(None, environ).limit == 7
+    (tmp_path / "d.toml").write_text("[agent]\nlimit = 8")
+    assert load(tmp_path / "d.toml", environ).limit == 8
+    environ["FLOWAGENT_CONFIG"] += "x"
+    with pytest.raises(SettingsError, match=r"c\.tomlx does not exist"):
+        load(None, environ)
+
+
+def test_each_setting_knows_where_it_was_set(tmp_path: Path) -> None:
+    text = "[agent]\nlimit = 3\ngrace = 4\npoll = 2"
+    found = settings(tmp_path, text, {"FLOWAGENT_LIMIT": "5", "FLOWAGENT_POLL": "1"}, poll=3)
+    file = f"file {tmp_path}/home/config.toml"
+    assert found.origins == {
+        "home": "variable FLOWAGENT_HOME",
+        "limit": "variable FLOWAGENT_LIMIT",
+        "grace": file,
+        "poll": "option --poll",
+    }
+
+
+def test_values_that_may_be_secret_are_not_repeated(tmp_path: Path) -> None:
+    for key, value in {
+        "notify": "https://u:hunter2@example.com/x",
+        "env": "hunter2",
+        "store": ["hunter2"],
+    }.items():
+        with pytest.raises(SettingsError, match="expected") as caught:
+            settings(tmp_path, **{key: value})
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:80", "localhost:8080", "/run/x.sock", "unix:/x"])
+def test_addresses(tmp_path: Path, address: str) -> None:
+    assert settings(tmp_path, health_address=address).health_address == address.removeprefix("unix:")
+
+
+def test_sources_may_be_kept_elsewhere(tmp_path: Path) -> None:
+    assert settings(tmp_path).sources_dir == tmp_path / "home" / "sources"
+    assert settings(tmp_path, f'cache = "{tmp_path}/c"').sources_dir == tmp_path / "c" / "sources"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        (
+            "store",
+            "postgresql://u:hunter2@h/d?sslpassword=hunter2&x=1",
+            "postgresql://u:***@h/d?sslpassword=***&x=1",
+        ),
+        ("store", "postgresql://u:p@ss:hunter2@h/d", "postgresql://u:***@h/d"),
+        ("store", "postgresql://u@h:5432/d", "postgresql://u@h:5432/d"),
+        ("store", "sqlite:////a/b.db", "sqlite:////a/b.db"),
+        ("notify", "https://hooks.example.com/services/T1/hunter2", "https://hooks.example.com/***"),
+        (
+            "env",
+            {"API_TOKEN": "hunter2", "A": "http://u:hunter2@h", "B": "1"},
+            {"API_TOKEN": "***", "A": "http://***@h", "B": "1"},
+        ),
+        ("store", "postgresql://u:hun/ter2@h/d", "postgresql://u:***@h/d"),
+        ("store", "postgresql://[::1]:5432/d@e", "postgresql://[::1]:5432/d@e"),
+        ("store", "host=h password='hunter 2' user=u", "host=h password=*** user=u"),
+        ("env", {"A": "https://hunter2@h/x http://u:hunter2@h"}, {"A": "https://***@h/x http://***@h"}),
+        ("env", {"A": "ssh://git@h/x"}, {"A": "ssh://git@h/x"}),
+        ("env", {"A": "http://h:80/x@1?token=hunter2"}, {"A": "http://h:80/x@1?token=***"}),
+        ("labels", ("a", "b"), ["a", "b"]),
+        ("limit", 3, 3),
+    ],
+)
+def test_secrets_are_masked(key: str, value: Any, shown: Any) -> None:
+    assert masked(key, value) == shown

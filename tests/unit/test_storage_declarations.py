@@ -15,13 +15,26 @@ from flowagent.flows.declarations import Declaration
 from flowagent.flows.results import format_location, result_from_json, serializer_named
 from flowagent.results import JSONSerializer, LocalResult, PickleSerializer
 from flowagent.run_configs import DockerRun, KubernetesRun, LocalRun, RunConfig, UniversalRun
-from flowagent.storage import Local, Module, Storage
+from flowagent.storage import Bitbucket, CodeCommit, GitHub, GitLab, Local, Module, Storage, Webhook
 
 DECLARATIONS: list[Declaration] = [
     Local(),
     Local("/flows", add_default_labels=False, labels=["b", "a", "b"], secrets=["TOKEN"]),
     Local(path="/flows/etl.py", stored_as_script=True),
     Module("pkg.flows:make.flow"),
+    GitHub("acme/flows", "etl.py", "v1", "TOKEN", "https://github.example/api/v3", files=["sql/", "a.txt"]),
+    GitLab(278964, "etl.py", host="gitlab.example", upload=True),
+    Bitbucket("ETL", "flows", "etl.py", "dev", host="https://bitbucket.example/context", secrets=["OTHER"]),
+    Bitbucket("ETL", "flows", "etl.py", cloud_username_secret="USER", cloud_app_password_secret="TOKEN"),
+    CodeCommit("flows", "etl.py", "dev", {"region_name": "eu-central-1"}),
+    Webhook(
+        {"url": "https://x/${A}", "headers": {"B": "${B}"}, "timeout": 5, "auth": ("me", "${PASSWORD}")},
+        "post",
+        {"url": "https://x", "data": b"\xff", "cookies": {"a": "b"}, "allow_redirects": False},
+        "POST",
+        stored_as_script=True,
+        flow_script_path="/flows/etl.py",
+    ),
     UniversalRun({"A": "1"}, ["x"]),
     LocalRun(
         env={"A": ""},
@@ -54,8 +67,8 @@ def test_the_json_form_and_back(declaration: Declaration) -> None:
 def test_the_family_finds_the_type() -> None:
     assert Storage.from_json(Module("a").to_json()) == Module("a")
     assert RunConfig.from_json(UniversalRun().to_json()) == UniversalRun()
-    with pytest.raises(FlowError, match=r"unknown storage type 'S3' \(known: .*Local, Module"):
-        Storage.from_json({"type": "S3", "bucket": "b"})
+    with pytest.raises(FlowError, match=r"unknown storage type 'FTP' \(known: .*Local, Module"):
+        Storage.from_json({"type": "FTP", "host": "h"})
     with pytest.raises(FlowError, match="no argument 'colour'"):
         Storage.from_json({**Local().to_json(), "colour": 1})
 

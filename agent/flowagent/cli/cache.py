@@ -11,9 +11,12 @@ from flowagent.cli.session import Command, Session, json_option, pass_session
 from flowagent.cli.values import duration, size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from flowagent.settings import Settings
     from flowagent.sources import CacheEntry
+    from flowagent.sources.mirrors import MirrorEntry
 
 
 @click.group()
@@ -49,18 +52,34 @@ def _print(entries: list[CacheEntry], empty: str) -> None:
     )
 
 
+def _print_mirrors(entries: list[MirrorEntry]) -> None:
+    rows = [
+        (
+            entry.key[:12],
+            entry.what,
+            output.size(entry.bytes),
+            output.ago(entry.last_used),
+            "by a fetch" if entry.in_use else "",
+        )
+        for entry in entries
+    ]
+    if rows:
+        output.print_table(["mirror", "of", "size", "used", "held"], rows, empty="")
+
+
 @cache.command(cls=Command)
 @json_option()
 @pass_session
 def ls(session: Session, as_json: bool) -> None:
-    """List the sources, least recently used first."""
-    from flowagent.sources import collection
+    """List the sources, and the mirrors that they come from, least recently used first."""
+    from flowagent.sources import collection, mirrors
 
-    entries = collection.entries(_root(session))
+    entries, mirrored = collection.entries(_root(session)), mirrors.entries(session.settings().mirrors_dir)
     if as_json:
-        output.print_json(entries)
+        output.print_json({"sources": entries, "mirrors": mirrored})
     else:
         _print(entries, empty="the source cache is empty")
+        _print_mirrors(mirrored)
 
 
 @cache.command(cls=Command)
@@ -71,38 +90,67 @@ def ls(session: Session, as_json: bool) -> None:
 @json_option()
 @pass_session
 def prune(session: Session, max_size: int | None, max_age: float | None, as_json: bool) -> None:
-    """Remove sources that no run holds, least recently used first; without limits, all of those."""
-    from flowagent.sources import collection
+    """Remove sources that no run holds, and mirrors, least recently used first; without limits, all of those.
+
+    Sources go before mirrors: a source is made again without its remote, as long as its mirror is there."""
+    from flowagent.sources import collection, mirrors
 
     if max_size is None and max_age is None:
         max_size = 0
-    removed = collection.prune(_root(session), max_size, max_age, keep=0)
+    root, below = _root(session), session.settings().mirrors_dir
+    mirrored = sum(entry.bytes for entry in mirrors.entries(below))
+    removed = collection.prune(
+        root, None if max_size is None else max(0, max_size - mirrored), max_age, keep=0
+    )
+    kept = sum(entry.bytes for entry in collection.entries(root))
+    gone = mirrors.prune(below, None if max_size is None else max(0, max_size - kept), max_age)
     if as_json:
-        output.print_json(removed)
+        output.print_json({"sources": removed, "mirrors": gone})
     else:
-        freed = sum(entry.bytes for entry in removed)
-        click.echo(f"removed {_count(removed)}, {output.size(freed)}")
+        freed = sum(entry.bytes for entry in removed) + sum(entry.bytes for entry in gone)
+        also = f" and {_count(gone, 'mirror')}" if gone else ""
+        click.echo(f"removed {_count(removed)}{also}, {output.size(freed)}")
 
 
 @cache.command(cls=Command)
 @json_option()
 @pass_session
 def verify(session: Session, as_json: bool) -> int:
-    """Read every source, and discard those that are not what was published; exit code 1 if there were any."""
-    from flowagent.sources import collection
+    """Read all sources and mirrors, and discard those that are broken; exit code 1 if there were any."""
+    import anyio
+
+    from flowagent.sources import collection, mirrors
 
     broken = collection.verify(_root(session))
+    mirrored = mirrors.entries(session.settings().mirrors_dir)
+    keys = anyio.run(_broken_mirrors, session.settings()) if mirrored else []
+    gone = [entry for entry in mirrored if entry.key in keys]
     if as_json:
-        output.print_json(broken)
-    elif broken:
-        click.echo(
-            f"discarded {_count(broken)} that had changed; the next run that needs one fetches it again"
+        output.print_json({"sources": broken, "mirrors": gone})
+    elif broken or gone:
+        counts = " and ".join(
+            _count(found, what) for found, what in ((broken, "source"), (gone, "mirror")) if found
         )
-        _print(broken, empty="")
+        click.echo(f"discarded {counts} that had changed; the next run that needs one fetches it again")
+        if broken:
+            _print(broken, empty="")
+        _print_mirrors(gone)
     else:
-        click.echo("all sources are as they were published")
-    return 1 if broken else 0
+        click.echo("all sources are as they were published" + (", and all mirrors whole" if mirrored else ""))
+    return 1 if broken or gone else 0
 
 
-def _count(entries: list[CacheEntry]) -> str:
-    return "1 source" if len(entries) == 1 else f"{len(entries)} sources"
+async def _broken_mirrors(settings: Settings) -> list[str]:
+    """The keys of those that were discarded."""
+    from flowagent.backend import BackendContext
+    from flowagent_backends.git import GitBackend
+
+    backend = GitBackend(BackendContext.of(settings))
+    try:
+        return await backend.verify_mirrors()
+    finally:
+        await backend.close()
+
+
+def _count(entries: Sequence[object], what: str = "source") -> str:
+    return f"1 {what}" if len(entries) == 1 else f"{len(entries)} {what}s"

@@ -38,11 +38,15 @@ def cancel(session: Session, run_id: str, reason: str, as_json: bool) -> None:
 
 @click.command(cls=Command)
 @run_argument
+@click.option("--from-start", is_flag=True, help="Run all tasks again, also those that have completed.")
 @click.option("-w", "--watch", is_flag=True, help="Follow the new run to its end, as run --watch does.")
 @json_option()
 @pass_session
-def retry(session: Session, run_id: str, watch: bool, as_json: bool) -> int:
+def retry(session: Session, run_id: str, from_start: bool, watch: bool, as_json: bool) -> int:
     """Ask for another run like one that has ended: same version, parameters, labels and environment.
+
+    If that one did not complete, tasks that completed in it are not run again: the new run starts from their
+    results, as far as those were kept.
 
     RUN is an id, or a unique beginning of one.
     """
@@ -51,7 +55,7 @@ def retry(session: Session, run_id: str, watch: bool, as_json: bool) -> int:
         from flowagent.cli.run import announce
         from flowagent.submission import repeat
 
-        run = await repeat(store, await find_run(store, run_id))
+        run = await repeat(store, await find_run(store, run_id), from_start=from_start)
         announce(run, True, as_json=as_json, watch=watch)
         current = await store.flow(run.flow_name)
         if current.version_id != run.version_id:

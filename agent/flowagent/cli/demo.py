@@ -117,10 +117,9 @@ def _agent(environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[
 async def _show_off(settings: Settings, store: Store, agent: subprocess.Popen[bytes], who: str) -> int:
     from flowagent.backend import BackendContext, Backends
     from flowagent.registration import Registrar, summary
-    from flowagent.settings import hostname
     from flowagent.submission import submit
 
-    backends = Backends(BackendContext(settings.home, hostname()))
+    backends = Backends(BackendContext.of(settings))
     registration = await Registrar(store, backends).register(_candidate(), labels=["demo"])
     _say(summary(registration))
     run, _ = await submit(store, registration.version.spec.name, {"who": who})
@@ -130,7 +129,10 @@ async def _show_off(settings: Settings, store: Store, agent: subprocess.Popen[by
         return code
     for task in await store.task_runs(run.id, 1):
         if task.task.startswith("greet") and isinstance(task.result, dict) and "path" in task.result:
-            value = json.loads(await backends.get(task.result["storage"]).get(task.result))
+            with tempfile.TemporaryDirectory(prefix="flowagent-") as directory:
+                file = Path(directory) / "result"
+                await backends.get(task.result["storage"]).get(task.result, file)
+                value = json.loads(file.read_bytes())
             _say(f"the result is {output.on_line(json.dumps(value))}, kept in {task.result['path']}")
             return 0
     click.echo("Error: the run has completed and its result was not kept; see the agent's log", err=True)

@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from flowagent.runners.confinement import Confinement
     from flowagent.settings import Settings
 
-LEAST_SPACE = 500 << 20
-"""Bytes below which the home's disk is called almost full."""
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -38,14 +35,16 @@ class Finding:
 
 
 @click.command(cls=Command)
+@click.option(
+    "--repo", "repos", multiple=True, metavar="URL", help="A Git repository to be read. Repeatable."
+)
 @json_option()
 @pass_session
-def doctor(session: Session, as_json: bool) -> int:
+def doctor(session: Session, repos: tuple[str, ...], as_json: bool) -> int:
     """Check what flowagent needs on this machine; exit code 1 if something that it needs is missing."""
     import anyio
 
-    settings = session.settings()
-    findings = anyio.run(examine, settings)
+    findings = anyio.run(examine, session.settings(), repos)
     if as_json:
         output.print_json(findings)
     else:
@@ -63,21 +62,19 @@ def _line(finding: Finding, width: int) -> str:
     return f"{level}  {finding.check:<{width}}  {output.on_line(finding.detail + remedy)}"
 
 
-async def examine(settings: Settings) -> list[Finding]:
+async def examine(settings: Settings, repos: Sequence[str] = ()) -> list[Finding]:
     """All findings, in the order in which they are best read."""
-    checks: list[Callable[[Settings], Awaitable[Finding]]] = [
-        _python,
-        _home,
-        _space,
-        _store,
-        _launcher,
-        _sandbox,
-        _limits,
-        _landlock,
-        _bubblewrap,
-        _git,
+    from flowagent.cli import reach
+
+    here: list[Callable[[Settings], Awaitable[Finding]]] = [_python, _home, _space]
+    ours = [_launcher, _sandbox, _limits, _landlock, _bubblewrap]
+    there = [reach.git, reach.ssh, reach.docker, reach.kubernetes]
+    return [
+        *[await check(settings) for check in here],
+        *await _store(settings),
+        *[await check(settings) for check in (*ours, *there)],
+        *[await reach.repository(settings, url) for url in repos],
     ]
-    return [await check(settings) for check in checks]
 
 
 async def _python(settings: Settings) -> Finding:
@@ -110,13 +107,22 @@ async def _home(settings: Settings) -> Finding:
 
 
 async def _space(settings: Settings) -> Finding:
-    free = shutil.disk_usage(settings.home).free
-    if free < LEAST_SPACE:
-        return Finding("disk", "note", f"{output.size(free)} free", "make room: flowagent cache prune")
-    return Finding("disk", "ok", f"{output.size(free)} free")
+    said = []
+    for directory in (settings.home, *([settings.cache] if settings.cache else [])):
+        try:
+            free = shutil.disk_usage(directory).free
+        except OSError as error:
+            return Finding("disk", "failed", f"{directory}: {error.strerror}", "make that directory")
+        if free < settings.reserve:
+            wanted = f"agents want {output.size(settings.reserve)} before they take runs"
+            remedy = "make room, flowagent cache prune, or lower reserve"
+            return Finding("disk", "failed", f"{output.size(free)} free at {directory}, {wanted}", remedy)
+        said.append(f"{output.size(free)} free at {directory}")
+    return Finding("disk", "ok", ", ".join(said))
 
 
-async def _store(settings: Settings) -> Finding:
+async def _store(settings: Settings) -> list[Finding]:
+    from flowagent.cli import reach
     from flowagent.store import open_store
 
     try:
@@ -124,11 +130,12 @@ async def _store(settings: Settings) -> Finding:
         try:
             await store.ping()
             await store.depart("no agent of this name")  # a write that changes nothing
-            return Finding("store", "ok", f"{store.url} is reachable and writable, its schema is current")
+            fine = f"{store.url} is reachable and writable, its schema is current"
+            return [Finding("store", "ok", fine), await reach.clock(store)]
         finally:
             await store.close()
     except FlowagentError as error:
-        return Finding("store", "failed", str(error))
+        return [Finding("store", "failed", str(error))]
 
 
 @contextmanager
@@ -147,7 +154,7 @@ async def _launcher(settings: Settings) -> Finding:
 
     try:
         with _confinement(settings) as (directory, confinement):
-            runner = ProcessRunner(directory, settings.home / "ground", confinement.rules, settings.preload)
+            runner = ProcessRunner(directory, settings.home / "ground", confinement, settings.preload)
             try:
                 await runner.prepare()
             finally:
@@ -181,15 +188,6 @@ async def _limits(settings: Settings) -> Finding:
             "start the agent by its systemd unit, which has Delegate=yes",
         )
     return Finding("limits", "ok", f"by control groups: {', '.join(sorted(found))}")
-
-
-async def _git(settings: Settings) -> Finding:
-    program = shutil.which("git")
-    if program is None:
-        return Finding(
-            "git", "note", "not installed: flows in Git repositories need it", "apt-get install git"
-        )
-    return Finding("git", "ok", program)
 
 
 async def _landlock(settings: Settings) -> Finding:

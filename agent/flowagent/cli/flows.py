@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from flowagent.store.protocol import Store
 
 
+WHERE = ("repo", "bucket", "container", "registry_url")
+WHAT = ("path", "flow_path", "module", "key", "blob_name", "image_name")
+"""Of declarations, in this order: what says where a flow is, and which of what is there."""
+
+
 @click.command(cls=Command)
 @json_option()
 @pass_session
@@ -56,8 +61,9 @@ def _plain(version: FlowVersion) -> dict[str, object]:
 
 
 def _storage(spec: FlowSpec) -> str:
-    place = spec.storage.get("path") or spec.storage.get("module") or ""
-    return f"{spec.storage['type']} {place}".strip()
+    """Its type and place, as far as the declaration says it: a URL in a secret stays there."""
+    places = [[spec.storage.get(name) for name in names] for names in (WHERE, WHAT)]
+    return " ".join([spec.storage["type"], *(next(filter(None, place)) for place in places if any(place))])
 
 
 def _parameter(parameter: dict[str, object]) -> str:
@@ -65,18 +71,21 @@ def _parameter(parameter: dict[str, object]) -> str:
 
 
 @click.command(cls=Command)
+@click.option("--here", is_flag=True, help="Those of this host; the exit code is 1 if none is live.")
 @json_option()
 @pass_session
-def agents(session: Session, as_json: bool) -> None:
+def agents(session: Session, here: bool, as_json: bool) -> int:
     """List the agents, and whether they have given a sign of life lately."""
+    from flowagent.settings import hostname
 
     async def job(store: Store) -> list[AgentInfo]:
         return await store.agents()
 
-    found = session.with_store(job)
+    found = [agent for agent in session.with_store(job) if not here or agent.host == hostname()]
+    code = int(here and not any(_life(agent) == "live" for agent in found))
     if as_json:
         output.print_json([{**vars(agent), "state": _life(agent)} for agent in found])
-        return
+        return code
     output.print_table(
         ["agent", "state", "host", "labels", "runner", "running", "seen", "version"],
         [
@@ -94,6 +103,7 @@ def agents(session: Session, as_json: bool) -> None:
         ],
         empty="no agent is known; start one with: flowagent start",
     )
+    return code
 
 
 def _life(agent: AgentInfo) -> str:

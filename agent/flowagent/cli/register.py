@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from flowagent.models import Registration
     from flowagent.registration import Candidate
+    from flowagent.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Source:
 @click.option(
     "--label", "labels", multiple=True, metavar="LABEL", help="A label that agents must carry. Repeatable."
 )
+@click.option(
+    "--git", "from_git", is_flag=True, help="Let agents take the files from the remote of their work tree."
+)
 @json_option()
 @pass_session
 def register(
@@ -49,25 +53,35 @@ def register(
     modules: tuple[str, ...],
     project: str | None,
     labels: tuple[str, ...],
+    from_git: bool,
     as_json: bool,
 ) -> int:
     """Register the flows of files, directories or modules.
 
-    A flow that names no storage is kept where it is: its file, or its module, is read at each run. In a
-    directory, all *.py files below it that mention flowagent are looked at. Each file is loaded in a process
-    of its own, and one that fails does not keep the others from being registered.
+    A flow that names no storage is kept where it is: its file, or its module, is read at each run. With
+    --git, agents take it from the branch and remote of its work tree. In a directory, all *.py files below it
+    that mention flowagent are looked at. Each file is loaded in a process of its own, and one that fails does
+    not keep the others from being registered.
     """
     if not sources and not modules:
         raise click.UsageError("Name a file, a directory or, with -m, a module.")
     found = list(dict.fromkeys([*_files(sources), *(Source(name, module=True) for name in modules)]))
     if not found:
         raise click.UsageError(f"There is no Python file that mentions flowagent in {' '.join(sources)}.")
+    from flowagent.errors import FlowagentError
+
     settings = session.settings()
     registered: list[dict[str, Any]] = []
     errors: list[dict[str, str]] = []
     for source in found:
         taken = {item["flow"]: item["source"] for item in registered}
-        items, error = _in_child(source, taken, (settings, project, labels, session.debug))
+        items: list[dict[str, Any]] = []
+        error: str | None
+        try:
+            declared = _declared(source) if from_git else None
+            items, error = _in_child(source, taken, (declared, settings, project, labels, session.debug))
+        except FlowagentError as problem:
+            error = str(problem)
         for item in items:
             registered.append(item)
             if not as_json:
@@ -126,6 +140,19 @@ def _mentions_flowagent(file: Path) -> bool:
         return True  # then loading it says what is wrong
 
 
+def _declared(source: Source) -> Storage:
+    """The declaration of a file by its work tree; what is not pushed is said."""
+    from flowagent.errors import UsageError
+    from flowagent_backends.git import worktree
+
+    if source.module:
+        raise UsageError(f"--git is for files, and {source.where} is a module; name its file")
+    found = worktree.declare(Path(source.where))
+    for warning in found.warnings:
+        click.echo(f"Warning: {output.on_line(warning)}", err=True)
+    return found.storage
+
+
 # -- each in a process of its own ------------------------------------------------------------------------
 
 
@@ -170,6 +197,7 @@ def _load_and_register(
     sender: Connection,
     source: Source,
     taken: dict[str, str],
+    declared: Storage | None,
     settings: Any,
     project: str | None,
     labels: tuple[str, ...],
@@ -177,13 +205,14 @@ def _load_and_register(
 ) -> None:
     import anyio
 
+    from flowagent.cli import progress
     from flowagent.registration import registrar, summary
 
     os.dup2(2, 1)  # what the user's code prints is not part of our output
 
     async def register_all() -> None:
-        candidates = _candidates(source, taken)
-        async with registrar(settings) as open_registrar:
+        candidates = _candidates(source, taken, declared)
+        async with registrar(settings, progress.bar, progress.say) as open_registrar:
             for candidate in candidates:
                 registration = await open_registrar.register(candidate, project=project, labels=labels)
                 sender.send(("registered", _described(registration, source, summary(registration))))
@@ -204,12 +233,12 @@ def _load_and_register(
         sender.send(("end", None))
 
 
-def _candidates(source: Source, taken: dict[str, str]) -> list[Candidate]:
+def _candidates(source: Source, taken: dict[str, str], declared: Storage | None) -> list[Candidate]:
     """The flows of a source. :raises FlowError: there is none, or not the one asked for."""
     from flowagent.errors import UsageError
     from flowagent.registration import Candidate
     from flowagent.runtime import loader
-    from flowagent.storage import Local, Module, Storage
+    from flowagent.storage import Local, Module
 
     default: Storage
     if source.module:
@@ -221,7 +250,7 @@ def _candidates(source: Source, taken: dict[str, str]) -> list[Candidate]:
         script = Path(source.where)
         module, _ = loader.load_script(source.where, str(script.parent))
         flows = loader.flows_in(module)
-        default = Local(path=source.where, stored_as_script=True)
+        default = declared or Local(path=source.where, stored_as_script=True)
     if source.searched and not flows:
         return []
     # refuses what an agent would refuse: no flow, equal names, not the one asked for

@@ -169,9 +169,11 @@ def _reference(task: TaskRun) -> str:
     """Where a result is, as short as it can be said."""
     if not isinstance(task.result, dict):
         return ""
+    if "none" in task.result:
+        return "None"
     if "error" in task.result:
         return f"not kept: {task.result['error']}"
-    return str(task.result.get("path") or json.dumps(task.result))
+    return str(task.result.get("path") or task.result.get("uri") or json.dumps(task.result))
 
 
 async def last_lines(store: Store, run_id: str, attempt: int, count: int = LAST_LINES) -> list[str]:

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from flowagent.cli.session import Command, Session, pass_session
 from flowagent.cli.values import duration, pair
 
-if TYPE_CHECKING:
-    from flowagent.daemon.agent import Agent
-    from flowagent.daemon.log import Log
-    from flowagent.settings import Settings
-    from flowagent.store.protocol import Store
+CONTAINER_LISTS = ("volumes", "networks", "registry_allow", "allow_host_config")
 
-SLOW = 1.5
-"""Seconds after which a store that does not answer is spoken of."""
+
+def container_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of agents that run flows in containers."""
+    options = [
+        click.option("--image", metavar="IMAGE", help="For runs that name none. [python:3.x-slim]"),
+        click.option(
+            "--volume",
+            "volumes",
+            multiple=True,
+            metavar="SOURCE:TARGET[:ro]",
+            help="Mounted into every container, such as ~/.ssh:/root/.ssh:ro. Repeatable.",
+        ),
+        click.option(
+            "--network", "networks", multiple=True, metavar="NAME", help="That containers are in. Repeatable."
+        ),
+        click.option(
+            "--pull", type=click.Choice(["missing", "always", "never"]), help="When to pull images. [missing]"
+        ),
+        click.option("--no-pull", "pull", flag_value="never", help="The same as --pull never."),
+        click.option("--base-url", "engine", metavar="URL", help="The Docker engine. [as docker finds it]"),
+        click.option(
+            "--registry-allow",
+            multiple=True,
+            metavar="REGISTRY[/NAME]",
+            help="Where flows' images may be from. Repeatable. [anywhere]",
+        ),
+        click.option(
+            "--allow-host-config",
+            multiple=True,
+            metavar="KEY",
+            help="What flows may set in their host_config besides harmless keys. Repeatable.",
+        ),
+        click.option("--keep", type=click.Choice(["none", "failed"]), help="Containers to keep. [none]"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @click.command(cls=Command)
@@ -27,7 +58,14 @@ SLOW = 1.5
 )
 @click.option("--name", metavar="NAME", help="The agent's name. [the host's]")
 @click.option("--limit", type=click.IntRange(min=1), help="Runs at the same time. [twice the CPUs]")
+@click.option(
+    "--runner", type=click.Choice(["process", "docker"]), help="What runs are executed in. [process]"
+)
 @click.option("--once", is_flag=True, help="Execute what is due now, then end.")
+@click.option(
+    "--max-runs", type=click.IntRange(min=1), metavar="COUNT", help="After so many runs, end. [no limit]"
+)
+@click.option("--idle-exit", type=duration, help="After so long without a run, end. [never]")
 @click.option(
     "--env",
     multiple=True,
@@ -44,7 +82,9 @@ SLOW = 1.5
 @click.option(
     "--require-labels", is_flag=True, default=None, help="Leave runs without labels to other agents."
 )
-@click.option("--log-format", type=click.Choice(["auto", "console", "json"]), help="How this log looks.")
+@click.option(
+    "--log-format", type=click.Choice(["auto", "console", "json", "journal"]), help="How this log looks."
+)
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="How much it says."
 )
@@ -66,6 +106,11 @@ SLOW = 1.5
     metavar="PATH",
     help="Outside of their own directories, what flows may write. Repeatable.",
 )
+@click.option("--max-source", metavar="SIZE", help="How much one source may hold. [8G]")
+@click.option("--ssh-dir", metavar="DIR", help="Where keys, known_hosts and config are. [~/.ssh]")
+@click.option(
+    "--ssh-client", type=click.Choice(["asyncssh", "openssh"]), help="What speaks ssh. [asyncssh, built in]"
+)
 @click.option("--run-as", metavar="USER", help="The user that flows run as, if the agent is root.")
 @click.option(
     "--preload", multiple=True, metavar="MODULE", help="Import it once, before runs are forked. Repeatable."
@@ -78,19 +123,33 @@ SLOW = 1.5
     help="What a run may use: memory=2G, processes, open_files, file_size, cpu_time, wall_time, output, disk;"
     " none lifts a default. Repeatable.",
 )
+@container_options
+@click.option("--reserve", metavar="SIZE", help="With less free on its disks, take nothing new. [500M]")
+@click.option(
+    "--health-address",
+    metavar="ADDRESS",
+    help="Serve health and metrics at HOST:PORT, or at the path of a unix socket.",
+)
+@click.option("--hooks", metavar="DIR", help="Programs that are run around sources and runs.")
+@click.option("--hook-timeout", type=duration, help="How long each of them may take. [30s]")
+@click.option("--notify", metavar="URL", help="Post to it whenever a run has ended.")
+@click.option("--notify-key", metavar="SECRET", help="The name of the secret that signs what is posted.")
+@click.option("--tracing", type=click.Choice(["off", "otlp"]), help="Send traces by OpenTelemetry. [off]")
 @pass_session
-def start(session: Session, /, once: bool, **flags: Any) -> None:
+def start(session: Session, /, once: bool, **flags: Any) -> int:
     """Start an agent: it takes the runs whose labels it carries, until it is stopped.
 
-    SIGTERM or Ctrl-C: take nothing new and wait for the runs; a second one cancels them; a third leaves them.
+    SIGTERM or Ctrl-C: take nothing new and wait for the runs; a second one cancels them; a third, or SIGQUIT
+    at once, leaves them to an agent that is started after this one. SIGHUP: read the configuration again.
     """
     import anyio
 
-    from flowagent.daemon.log import make_log
+    from flowagent.daemon.service import Service
 
-    settings = session.settings(**_as_settings(flags))
-    log = make_log(settings.log_format, settings.log_level)
-    anyio.run(serve, settings, log, once)
+    async def serve() -> int:
+        return await Service(lambda: session.settings(**_as_settings(flags)), once).run()
+
+    return anyio.run(serve)
 
 
 def _as_settings(flags: dict[str, Any]) -> dict[str, Any]:
@@ -104,58 +163,9 @@ def _as_settings(flags: dict[str, Any]) -> dict[str, Any]:
         "allow_write": _as_paths(flags["allow_write"]),
         "preload": flags["preload"] or None,
         "max": dict(flags["max"]) or None,
+        **{name: flags[name] or None for name in CONTAINER_LISTS},
     }
 
 
 def _as_paths(values: tuple[str, ...]) -> tuple[Path, ...] | None:
     return tuple(Path(value) for value in values) or None
-
-
-async def serve(settings: Settings, log: Log, once: bool = False) -> None:
-    """Run one agent until a signal has stopped it. :raises FlowagentError: it cannot start."""
-    import anyio
-
-    from flowagent.daemon.agent import Agent
-
-    agent: Agent | None = None
-    opening = anyio.CancelScope()
-
-    async def obey() -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                if agent is None:
-                    opening.cancel()
-                else:
-                    agent.stop()
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(obey)
-        store = None
-        with opening:
-            store = await _open(settings, log)
-        if store is not None:
-            try:
-                agent = Agent(settings, store, log, runs_once=once)
-                await agent.run()
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await store.close()
-        tasks.cancel_scope.cancel()
-
-
-async def _open(settings: Settings, log: Log) -> Store:
-    """Open the store, however long it is away, and say so soon."""
-    import anyio
-
-    from flowagent.daemon.patience import patiently
-    from flowagent.store import open_store
-
-    async def speak_of_it() -> None:
-        await anyio.sleep(SLOW)
-        log.warning("the store does not answer yet; still trying")
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(speak_of_it)
-        store = await patiently(lambda: open_store(settings.store), log, "opening the store")
-        tasks.cancel_scope.cancel()
-    return store

@@ -7,6 +7,7 @@ was lost. Expiry: end what other agents lost. Stopping: drain, cancel, or leave.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import time
@@ -20,15 +21,19 @@ from anyio.abc import TaskGroup
 import flowagent
 from flowagent import settings as settings_module
 from flowagent.backend import BackendContext, Backends
-from flowagent.daemon import identity
+from flowagent.daemon import facts, identity
 from flowagent.daemon.attempts import Attempt, Services, lost
+from flowagent.daemon.disk import DiskGuard
+from flowagent.daemon.hooks import Hooks
+from flowagent.daemon.journeys import Journey, trace_of
 from flowagent.daemon.log import Log
 from flowagent.daemon.lookout import Lookout
+from flowagent.daemon.operations import Operations
 from flowagent.daemon.patience import patiently
-from flowagent.errors import FlowagentError, LeaseLostError, StoreError
+from flowagent.daemon.webhook import Notices
+from flowagent.errors import AgentError, FlowagentError, LeaseLostError, StoreError
 from flowagent.models import AgentInfo, Claims, FlowSpec, Held, Outcome, Run, State
-from flowagent.runners.confinement import Confinement
-from flowagent.runners.process import ProcessRunner
+from flowagent.runners import make_runner
 from flowagent.runtime.linux import make_undumpable
 from flowagent.runtime.rundir import RunDirectory, boottime
 from flowagent.secrets import SecretProvider
@@ -38,57 +43,173 @@ from flowagent.store.protocol import CANCEL, WORK, Store
 
 ANNOUNCE_EVERY = 10.0
 """Seconds between signs of life when leases give no reason for one sooner."""
+EXPIRE_EVERY = 0.5
+"""Seconds between looks for what other agents lost, at the least."""
+FLUSH = 10.0
+"""Seconds that a stopping agent goes on trying to send notifications."""
+PRUNING = 600.0
+"""Seconds that it may take to make room in a large cache."""
+RELOADABLE = frozenset(
+    {"labels", "hostname_label", "require_labels", "limit", "max_runs", "idle_exit", "reserve", "log_level"}
+    | {"env", "import_paths", "max", "grace", "poll", "drain", "hooks", "hook_timeout"}
+)
+"""Settings that a running agent can change; the others are made part of it when it starts."""
 
 
 class Agent:
     """One agent, from its start to its last attempt. ``runs_once``: take what is due now, then end."""
 
-    def __init__(self, settings: Settings, store: Store, log: Log, *, runs_once: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        log: Log,
+        *,
+        runs_once: bool = False,
+        operations: Operations | None = None,
+    ) -> None:
         host = settings_module.hostname()
         self._settings = settings
-        self._store = store
+        self.store = store
         self._runs_once = runs_once
+        self._operations = operations or Operations(settings, log)
+        self._operations.attach(self)
+        self._pulse = self._operations.pulse
+        self.tally = self._operations.tally
         self._identity = identity.take(settings.agents_dir, settings.name, host)
         self.log = log.bind(agent=self._identity.name)
-        labels = {*settings.labels, host} if settings.hostname_label else set(settings.labels)
         self.info = AgentInfo(
             name=self._identity.name,
             instance=uuid.uuid4().hex,
             host=host,
             pid=os.getpid(),
-            labels=tuple(sorted(labels)),
-            runner=ProcessRunner.name,
+            labels=_labels(settings, host),
+            runner=settings.runner,
             limit=settings.capacity,
             version=flowagent.__version__,
             require_labels=settings.require_labels,
         )
-        confinement = Confinement(settings, self._identity.runs)
+        secrets = SecretProvider(settings.home)
         self._services = Services(
             settings=settings,
             store=store,
-            backends=Backends(BackendContext(settings.home, host, settings.allow_write)),
+            backends=Backends(BackendContext.of(settings, writable=settings.allow_write)),
             sources=SourceCache(settings.sources_dir),
-            runner=ProcessRunner(
-                self._identity.directory, settings.home / "ground", confinement.rules, settings.preload
-            ),
-            confinement=confinement,
+            runner=make_runner(settings, self._identity.directory),
             lookout=Lookout(),
-            secrets=SecretProvider(settings.home),
+            secrets=secrets,
+            hooks=_hooks(settings, self.log),
+            notices=Notices(settings.notify, settings.notify_key, secrets, self.tally, self.log),
+            watchers=self._operations.watchers,
+            tally=self.tally,
             runs=self._identity.runs,
             log=self.log,
         )
+        self.disk = self._disk_guard()
         self._attempts: dict[tuple[str, int], Attempt] = {}
         # Claims and renewals take turns: what a renewal finds unknown is then truly unknown.
         self._leases = anyio.Lock(fast_acquire=True)
         self._nap = anyio.CancelScope()  # of the claims, until a doorbell rings
+        self._announce_soon = anyio.Event()
         self._room = anyio.Event()
+        self._warm = anyio.Event()
+        self._busy_until = time.monotonic()  # when the last attempt ended
         self._stops = 0
+        self._drain_for: float | None = None  # seconds; None: as the settings say
+        self._draining = anyio.CancelScope()
         self._stopping = anyio.Event()
         self._stopped_again = anyio.Event()
         self._leaving = anyio.Event()
         self.ready = anyio.Event()
+        self.drained = anyio.Event()
+        """Set when nothing is left to wait for."""
 
     # -- from outside ----------------------------------------------------------------------------------
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """Those that it holds."""
+        return list(self._attempts.values())
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    @property
+    def left(self) -> bool:
+        """Whether it was told to go and leave its runs to their supervisors."""
+        return self._leaving.is_set()
+
+    @property
+    def condition(self) -> str:
+        """What it is doing, in a word or two."""
+        if self.stopping:
+            return "draining"
+        if not self.ready.is_set():
+            return "starting"
+        return "disk nearly full" if self.disk.low else "working" if self._attempts else "idle"
+
+    @property
+    def source_counts(self) -> dict[str, int]:
+        sources = self._services.sources
+        return {"lookups": sources.lookups, "fills": sources.fills, "filled_bytes": sources.filled_bytes}
+
+    async def check_launcher(self) -> None:
+        """:raises LauncherError: flow processes cannot be started now."""
+        await self._services.runner.check()
+
+    def drain(self, deadline: float | None = None) -> None:
+        """Take nothing new, wait for the runs, at most ``deadline`` seconds from now, and end."""
+        self.log.info("asked to drain", deadline=deadline)
+        self._drain_for = deadline
+        if self._stops == 0:
+            self.stop()
+        elif deadline is not None:
+            self._draining.deadline = anyio.current_time() + deadline
+
+    def leave(self) -> None:
+        """Go at once: the runs stay with their supervisors, and an agent of this name finds them."""
+        while self._stops < 3:
+            self.stop()
+
+    def reload(self, settings: Settings, log: Log) -> list[str]:
+        """Go by other settings from the next run on. What only a new start can change stays: its names.
+
+        :raises HookError: the hooks cannot be used; nothing has changed then."""
+        old = self._settings
+        kept = [
+            name for name in vars(settings) if name not in RELOADABLE and name not in ("config", "origins")
+        ]
+        changed = [name for name in kept if getattr(old, name) != getattr(settings, name)]
+        log = log.bind(agent=self.info.name)
+        hooks = _hooks(settings, log)
+        hooks.check()
+        self._settings = settings = replace(settings, **{name: getattr(old, name) for name in kept})
+        self.log = log
+        self.info = replace(
+            self.info,
+            labels=_labels(settings, self.info.host),
+            limit=settings.capacity,
+            require_labels=settings.require_labels,
+        )
+        self._services.runner.reload(settings)
+        self._services = replace(
+            self._services,
+            settings=settings,
+            hooks=hooks,
+            log=log,
+        )
+        self.disk = self._disk_guard()
+        self._announce_soon.set()
+        self._nap.cancel()
+        self._make_room()
+        self.log.info("reloaded", labels=list(self.info.labels), limit=self.info.limit)
+        return changed
+
+    def _disk_guard(self) -> DiskGuard:
+        settings = self._settings
+        directories = [settings.home, *([settings.cache] if settings.cache else [])]
+        return DiskGuard(directories, settings.reserve, self._services.sources, self.log)
 
     def stop(self) -> None:
         """First call: drain. Second: cancel all runs now. Third: leave them to their supervisors and go."""
@@ -103,16 +224,18 @@ class Agent:
         make_undumpable()
         self._identity.directory.mkdir(exist_ok=True)
         await self._services.sources.sweep()
-        await anyio.to_thread.run_sync(self._services.confinement.sweep)
         try:
-            await patiently(lambda: self._store.announce(self.info), self.log, "announcing the agent")
-            info = self.info
+            self._services.hooks.check()
+            self._services.notices.check()
+            await self._services.runner.open()
+            await patiently(lambda: self.store.announce(self.info), self.log, "announcing the agent")
             gc.freeze()  # what the start has made stays, and need not be looked at by every collection
-            level = self._services.confinement.floor
+            level = self._services.runner.floor
+            info = self.info
             self.log.info(
-                "started", labels=list(info.labels), limit=info.limit, store=self._store.url, sandbox=level
+                "started", labels=list(info.labels), limit=info.limit, store=self.store.url, sandbox=level
             )
-            for gap in self._services.confinement.gaps:
+            for gap in self._services.runner.gaps:
                 self.log.warning("the sandbox has a gap", gap=gap)
             async with anyio.create_task_group() as tasks:
                 await self._adopt(tasks)
@@ -122,13 +245,20 @@ class Agent:
                 tasks.start_soon(self._listen_for_cancels)
                 tasks.start_soon(self._expire)
                 tasks.start_soon(self._leave, tasks)
+                tasks.start_soon(self._services.notices.run)
+                tasks.start_soon(self._operations.serve_control, self._identity.directory / "launchers")
                 await self._claim(tasks)
+                self._operations.stopping()
                 await self._drain()
+                self.drained.set()
+                await self._services.notices.flush(FLUSH)
+                await self._operations.answered()
+                with anyio.move_on_after(1):  # else a launcher that it has just found is not told to end
+                    await self._warm.wait()
                 tasks.cancel_scope.cancel()
             if not self._leaving.is_set():
                 await self._services.runner.close()
-                with anyio.move_on_after(5):
-                    await self._store.depart(self.info.name)
+                await self._take_leave()
             self.log.info("stopped")
         finally:
             self._identity.close()
@@ -136,43 +266,85 @@ class Agent:
     # -- claims ----------------------------------------------------------------------------------------
 
     async def _claim(self, tasks: TaskGroup) -> None:
-        async with self._store.doorbell(WORK) as bell:
+        async with self.store.doorbell(WORK) as bell:
             self.ready.set()
-            while not self._stopping.is_set():
-                free = self.info.limit - sum(not attempt.ended for attempt in self._attempts.values())
+            self._operations.ready()
+            while not self.stopping:
+                free = self._room_for()
                 if free <= 0:
+                    if self._done():
+                        return
                     await self._wait_for_room()
                     continue
-                try:
-                    taken = await self._take(free, tasks)
-                    if len(taken) == free or (self._runs_once and taken):
-                        continue
-                    if self._runs_once and not taken:
-                        if not self._attempts:
-                            return
-                        await self._wait_for_room()
-                        continue
-                    pause = self._until(taken.next_due)
-                except StoreError as error:
-                    self.log.warning("cannot claim", error=str(error))
+                with self._pulse.during("looking for room on the disks", PRUNING):
+                    room = await self.disk.room()
+                if not room:
+                    if self._runs_once:
+                        raise AgentError(f"nothing was taken: {self.disk.low}; make room")
                     pause = self._settings.poll
-                if not self._stopping.is_set():
+                else:
+                    try:
+                        taken = await self._take(free, tasks)
+                        if len(taken) == free or (self._runs_once and taken):
+                            continue
+                        if self._runs_once and not taken:
+                            if not self._attempts:
+                                return
+                            await self._wait_for_room()
+                            continue
+                        pause = self._until(taken.next_due)
+                    except StoreError as error:
+                        self.tally.claims_failed += 1
+                        self.log.warning("cannot claim", error=str(error))
+                        pause = self._settings.poll
+                if self._settings.idle_exit is not None:
+                    pause = min(pause, self._idle_for(self._settings.idle_exit))
+                    if pause <= 0:
+                        return
+                if not self.stopping:
                     with anyio.CancelScope() as self._nap:
                         await bell.wait(pause)
 
+    def _room_for(self) -> int:
+        """How many attempts it may claim now."""
+        free = self.info.limit - sum(not attempt.ended for attempt in self._attempts.values())
+        most = self._settings.max_runs
+        return free if most is None else min(free, most - self.tally.claimed)
+
+    def _done(self) -> bool:
+        """Whether it has claimed all that it was to, and all of that has ended."""
+        most = self._settings.max_runs
+        if most is None or self.tally.claimed < most or self._attempts:
+            return False
+        self.log.info("it has had all the runs that it was to", max_runs=most)
+        return True
+
+    def _idle_for(self, at_most: float) -> float:
+        """Seconds that it may go on to be idle."""
+        if self._attempts:
+            return at_most
+        left = self._busy_until + at_most - time.monotonic()
+        if left <= 0:
+            self.log.info("it was idle for long enough", idle_exit=at_most)
+        return left
+
     async def _take(self, free: int, tasks: TaskGroup) -> Claims:
         async with self._leases:
-            asked = boottime()
-            claims = await self._store.claim(self.info, free, self._settings.lease)
+            asked, when = boottime(), time.time()
+            with self._pulse.during("claiming runs"):
+                claims = await self.store.claim(self.info, free, self._settings.lease)
+            self.tally.claimed += len(claims)
             for claim in claims:
-                self._hold(claim.run, claim.attempt, claim.spec, asked)
+                journey = self._operations.watchers.begin(claim.run, claim.attempt, claim.spec, when)
+                self._hold(claim.run, claim.attempt, claim.spec, asked, journey)
         for claim in claims:
             self.log.debug("claimed", run_id=claim.run.id, attempt=claim.attempt)
             tasks.start_soon(self._own, self._attempts[claim.run.id, claim.attempt], False)
         return claims
 
-    def _hold(self, run: Run, number: int, spec: FlowSpec, asked: float) -> Attempt:
-        attempt = Attempt(self._services, run, number, spec, self._deadline(asked), self._make_room)
+    def _hold(self, run: Run, number: int, spec: FlowSpec, asked: float, journey: Journey) -> Attempt:
+        deadline = self._deadline(asked)
+        attempt = Attempt(self._services, run, number, spec, deadline, self._make_room, journey)
         self._attempts[run.id, number] = attempt
         return attempt
 
@@ -185,13 +357,15 @@ class Agent:
             # The next renewal finds it unknown and records that; by then nothing of it may live.
             await self._forbid(attempt.directory, "the agent failed")
         finally:
+            attempt.journey.end()
             del self._attempts[attempt.run_id, attempt.number]
+            self._busy_until = time.monotonic()
             self._make_room()
 
     async def _forbid(self, directory: RunDirectory, reason: str) -> None:
         try:
             await self._services.runner.forbid(directory, reason)
-        except OSError as error:
+        except (OSError, FlowagentError) as error:
             self.log.error("cannot end an attempt", path=directory.path, error=str(error))
 
     def _until(self, due: float | None) -> float:
@@ -219,18 +393,21 @@ class Agent:
     async def _renew_leases(self) -> None:
         announced = boottime()
         while True:
-            await anyio.sleep(min(self._settings.lease / 3, ANNOUNCE_EVERY))
+            with anyio.move_on_after(min(self._settings.lease / 3, ANNOUNCE_EVERY)):
+                await self._announce_soon.wait()
+                self._announce_soon, announced = anyio.Event(), -math.inf
             try:
                 await self._renew()
                 if boottime() - announced >= ANNOUNCE_EVERY - 1:
-                    await self._store.announce(replace(self.info, stopping=self._stopping.is_set()))
+                    await self.store.announce(replace(self.info, stopping=self._stopping.is_set()))
                     announced = boottime()
-                    await self._services.runner.retire_idle()
+                    await self._services.runner.tend()
             except StoreError as error:
+                self.tally.renewals_failed += 1
                 self.log.warning("leases were not renewed", error=str(error), attempts=len(self._attempts))
 
     async def _listen_for_cancels(self) -> None:
-        async with self._store.doorbell(CANCEL) as bell:
+        async with self.store.doorbell(CANCEL) as bell:
             while True:
                 if await bell.wait(60.0) and self._attempts:
                     try:
@@ -242,13 +419,13 @@ class Agent:
         async with self._leases:
             asked = boottime()
             known = dict(self._attempts)
-            held = {
-                (lease.run_id, lease.attempt): lease
-                for lease in await self._store.renew(self.info.name, self._settings.lease)
-            }
+            with self._pulse.during("renewing leases"):
+                leases = await self.store.renew(self.info.name, self._settings.lease)
+            held = {(lease.run_id, lease.attempt): lease for lease in leases}
+            self.tally.renewals += 1
         if held.keys() - known:
             # Another host's agent may have taken the name while this one slept: then they are not ours.
-            await self._store.announce(replace(self.info, stopping=self._stopping.is_set()))
+            await self.store.announce(replace(self.info, stopping=self._stopping.is_set()))
         for key, lease in held.items():
             attempt = known.get(key)
             if attempt is None:
@@ -258,6 +435,7 @@ class Agent:
             if lease.state is State.CANCELLING:
                 attempt.stop(lease.reason or "cancelled")
         for attempt in lost(held, known):
+            self.tally.lost += 1
             attempt.lose()
         return held
 
@@ -266,25 +444,32 @@ class Agent:
         self.log.warning("an attempt is held of which nothing is here", run_id=lease.run_id)
         try:
             if lease.state is State.PENDING:
-                await self._store.release(lease.run_id, lease.attempt, "its agent was restarted")
-            elif lease.state is State.CANCELLING:
+                await self.store.release(lease.run_id, lease.attempt, "its agent was restarted")
+                return
+            outcome = Outcome(State.CRASHED, "its agent lost track of it")
+            if lease.state is State.CANCELLING:
                 outcome = Outcome(State.CANCELLED, lease.reason)
-                await self._store.finish(lease.run_id, lease.attempt, outcome)
-            else:
-                outcome = Outcome(State.CRASHED, "its agent lost track of it")
-                await self._store.finish(lease.run_id, lease.attempt, outcome)
+            await self._notify(await self.store.finish(lease.run_id, lease.attempt, outcome))
         except LeaseLostError:
             pass
 
     async def _expire(self) -> None:
         while True:
             try:
-                for run in await self._store.expire():
+                for run in await self.store.expire():
                     state = str(run.state)
                     self.log.warning("a lease ran out", run_id=run.id, state=state, reason=run.reason)
+                    await self._notify(run)
             except StoreError as error:
                 self.log.debug("cannot look for expired leases", error=str(error))
-            await anyio.sleep(max(0.5, self._settings.lease / 3) * random.uniform(0.7, 1.3))  # noqa: S311
+            await anyio.sleep(max(EXPIRE_EVERY, self._settings.lease / 3) * random.uniform(0.7, 1.3))  # noqa: S311
+
+    async def _notify(self, run: Run) -> None:
+        """Tell of a run whose last attempt nobody could follow to its end."""
+        if self._services.notices and run.state.terminal:
+            spec = (await self.store.version(run.version_id)).spec
+            outcome = Outcome(run.state, run.reason)
+            self._services.notices.add(facts.of_end(run, spec, run.attempt, outcome))
 
     # -- restart ---------------------------------------------------------------------------------------
 
@@ -292,7 +477,7 @@ class Agent:
         """Find the attempts that were started under this name before, and go on with them."""
         asked = boottime()
         leases = await patiently(
-            lambda: self._store.renew(self.info.name, self._settings.lease), self.log, "asking for leases"
+            lambda: self.store.renew(self.info.name, self._settings.lease), self.log, "asking for leases"
         )
         held = {(lease.run_id, lease.attempt): lease for lease in leases}
         for path in sorted(self._identity.runs.iterdir()):
@@ -303,7 +488,9 @@ class Agent:
                 tasks.start_soon(self._clear, directory)
                 continue
             run, spec = await patiently(partial(self._look_up, run_id), self.log, "reading a run")
-            attempt = self._hold(run, lease.attempt, spec, asked)
+            begin = self._operations.watchers.begin
+            journey = begin(run, lease.attempt, spec, time.time(), trace_of(directory))
+            attempt = self._hold(run, lease.attempt, spec, asked, journey)
             tasks.start_soon(self._own, attempt, True)
             if lease.state is State.CANCELLING:
                 attempt.stop(lease.reason or "cancelled")
@@ -311,8 +498,8 @@ class Agent:
             await self._give_up(lease)
 
     async def _look_up(self, run_id: str) -> tuple[Run, FlowSpec]:
-        run = await self._store.run(run_id)
-        return run, (await self._store.version(run.version_id)).spec
+        run = await self.store.run(run_id)
+        return run, (await self.store.version(run.version_id)).spec
 
     async def _clear(self, directory: RunDirectory) -> None:
         """End and remove what is left of an attempt that is not ours any more."""
@@ -326,13 +513,15 @@ class Agent:
             await self._services.runner.prepare()
         except (FlowagentError, OSError) as error:
             self.log.error("the launcher does not start", error=str(error))
+        self._warm.set()
 
     # -- stopping --------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
+        at_most = self._settings.drain if self._drain_for is None else self._drain_for
         if self._attempts:
-            self.log.info("draining", attempts=len(self._attempts), at_most=self._settings.drain)
-        with anyio.move_on_after(self._settings.drain):
+            self.log.info("draining", attempts=len(self._attempts), at_most=at_most)
+        with anyio.move_on_after(at_most) as self._draining:
             async with anyio.create_task_group() as waits:
 
                 async def emptied() -> None:
@@ -343,17 +532,35 @@ class Agent:
                 waits.start_soon(emptied)
                 await self._stopped_again.wait()
                 waits.cancel_scope.cancel()
+        self.tally.cancelled_by_drain = len(self._attempts)
         for attempt in list(self._attempts.values()):
             reason = f"agent {self.info.name} was stopped"
             try:
-                await self._store.cancel(attempt.run_id, reason)
+                await self.store.cancel(attempt.run_id, reason)
             except FlowagentError as error:
                 self.log.warning("cannot record the cancellation", run_id=attempt.run_id, error=str(error))
             attempt.stop(reason)
         while self._attempts:
             await self._wait_for_room()
 
+    async def _take_leave(self) -> None:
+        with anyio.move_on_after(5):
+            try:
+                await self.store.depart(self.info.name)
+            except StoreError as error:  # it is stopped all the same, and soon counts as gone
+                self.log.warning("the store does not know that the agent has stopped", error=str(error))
+            await self._services.backends.close()
+
     async def _leave(self, tasks: TaskGroup) -> None:
         await self._leaving.wait()
         self.log.warning("leaving at once", attempts=len(self._attempts))
         tasks.cancel_scope.cancel()
+
+
+def _labels(settings: Settings, host: str) -> tuple[str, ...]:
+    """What an agent with these settings carries."""
+    return tuple(sorted({*settings.labels, host} if settings.hostname_label else {*settings.labels}))
+
+
+def _hooks(settings: Settings, log: Log) -> Hooks:
+    return Hooks(settings.hooks, settings.hook_timeout, log)

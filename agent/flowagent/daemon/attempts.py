@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,27 +12,35 @@ from typing import Any
 
 import anyio
 
-from flowagent.backend import Backend, Backends, Revision
+from flowagent.backend import Backends, Entry, Revision
+from flowagent.daemon import facts, journeys
+from flowagent.daemon.hooks import AFTER_RUN, BEFORE_RUN, Hooks
+from flowagent.daemon.journeys import Journey, Watchers
 from flowagent.daemon.log import Log
 from flowagent.daemon.lookout import Lookout, rest
 from flowagent.daemon.outcomes import outcome_of
 from flowagent.daemon.patience import patiently
+from flowagent.daemon.restoring import restore, results_of_repeated
 from flowagent.daemon.shipping import Shipper
+from flowagent.daemon.tally import Tally
+from flowagent.daemon.webhook import Notices
 from flowagent.errors import (
     BackendError,
     FlowagentError,
-    LauncherError,
+    HookError,
     LeaseLostError,
 )
 from flowagent.models import FlowSpec, Held, Json, Outcome, OutputChunk, Run, State, TaskRun
 from flowagent.redaction import Redactor
-from flowagent.runners.confinement import Confinement
-from flowagent.runners.process import ProcessRunner
+from flowagent.runners.protocol import Order, Runner
 from flowagent.runtime.rundir import RunDirectory
 from flowagent.secrets import SecretProvider
 from flowagent.settings import Settings
-from flowagent.sources import SourceCache
+from flowagent.sources import Source, SourceCache, copy
 from flowagent.store.protocol import Store
+
+UNRESOLVED = "unresolved"
+"""The revision of a run that finds out by itself what it executes, until it says so."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,13 @@ class Services:
     store: Store
     backends: Backends
     sources: SourceCache
-    runner: ProcessRunner
-    confinement: Confinement
+    runner: Runner
     lookout: Lookout
     secrets: SecretProvider
+    hooks: Hooks
+    notices: Notices
+    watchers: Watchers
+    tally: Tally
     runs: Path  # where run directories are made
     log: Log
 
@@ -63,14 +75,20 @@ class Attempt:
         spec: FlowSpec,
         deadline: float,
         executed: Callable[[], None],
+        journey: Journey = journeys.UNWATCHED,
     ) -> None:
         self.run_id = run.id
         self.number = number
+        self.flow = spec.name
+        self.phase = journeys.CLAIM
+        self.since = time.time()  # when that phase began
+        self.journey = journey
         self.directory = RunDirectory(f"{services.runs}/{run.id}.{number}")
         self._services = services
         self._run = run
         self._spec = spec
         self._deadline = deadline
+        self._restored: Mapping[str, Json] = {}  # results of the run that is repeated, by task
         self._stop_reason: str | None = None
         self._lost = False
         self.ended = False
@@ -85,7 +103,7 @@ class Attempt:
         """The lease was renewed: let the supervisor know how long the attempt may live."""
         self._deadline = deadline
         try:
-            self.directory.write_lease(deadline)
+            self._services.runner.extend(self.directory, deadline)
         except FileNotFoundError:
             pass  # not made yet, or gone already
         except OSError as error:
@@ -112,12 +130,19 @@ class Attempt:
 
     # -- its life --------------------------------------------------------------------------------------
 
+    def _enter(self, phase: str) -> None:
+        self.phase, self.since = phase, time.time()
+        self.journey.enter(phase)
+
+    def _facts(self, **more: Json) -> dict[str, Json]:
+        return facts.of_attempt(self._run, self._spec, self.number, **more)
+
     async def execute(self) -> None:
         """Resolve, materialise, start, follow and record a fresh claim."""
-        end: int | None = None
+        handle = None
         try:
             with self._preparing:
-                end = await self._start()
+                handle = await self._start()
         except LeaseLostError as error:
             self._log.warning("not started", error=str(error))
             await self._discard()
@@ -125,21 +150,23 @@ class Attempt:
             reason = f"could not be started: {error}"
             if isinstance(error, BackendError):
                 reason = f"the flow could not be fetched: {error}"
-            retryable = isinstance(error, LauncherError) or getattr(error, "retryable", False)
+            if isinstance(error, HookError):
+                self._services.tally.vetoes += 1
+            retryable = getattr(error, "retryable", False)
             await self._end_unstarted(Outcome(State.CRASHED, reason, retryable=retryable))
         except Exception as error:
             self._log.exception("could not be started")
             reason = f"could not be started: {type(error).__name__}: {error}"
             await self._end_unstarted(Outcome(State.CRASHED, reason))
         else:
-            if end is not None:
-                await self._follow(end)
+            if handle is not None:
+                await self._follow(handle)
             else:
                 await self._end_unstarted(Outcome(State.CANCELLED, self._stop_reason))
 
     async def resume(self) -> None:
         """Go on with an attempt that an agent of this name started before."""
-        if self.directory.take_place() or "abandoned" in self.directory.status():
+        if not await self._services.runner.began(self.directory):
             # The agent died between recording the start and handing it over: nothing of the flow ever ran.
             release = partial(self._services.store.release, self.run_id, self.number)
             with suppress(LeaseLostError):
@@ -161,31 +188,36 @@ class Attempt:
         await self._record(outcome)
         await self._discard()
 
-    async def _discard(self) -> None:
+    async def _discard(self, *, failed: bool = False) -> None:
         """Remove the run directory, once nothing lives in it and nothing can."""
-        await self._services.runner.forbid(self.directory, "not needed any more")
-        await self._remove()
-
-    async def _remove(self) -> None:
+        await self._services.runner.forbid(self.directory, "not needed any more", failed=failed)
         if not self.directory.remove_own():
             await anyio.to_thread.run_sync(self.directory.remove)
 
     # -- start -----------------------------------------------------------------------------------------
 
-    async def _start(self) -> int:
+    async def _start(self) -> Any:
+        """Have it executed; the runner's handle of it."""
         services = self._services
-        config = self._spec.run_config
-        level = services.confinement.level(config)
-        grants = services.confinement.grants(config)
+        rights = services.runner.admit(self._spec.run_config)
         values = services.secrets.get_many(self._spec.secrets)
-        backend = services.backends.get(self._spec.storage["type"])
-        revision = await backend.resolve(self._spec.storage)
-        with await services.sources.hold(backend, self._spec.storage, revision) as source:
-            self._plan = self._planned(backend, revision, source.directory, level, grants)
+        self._enter(journeys.RESOLVE)
+        revision = await self._resolve()
+        self._enter(journeys.MATERIALISE)
+        with await self._hold(revision) as source:
+            if services.hooks:
+                where = {"source": str(source.directory), "sandbox": rights["sandbox"]}
+                await services.hooks.run(BEFORE_RUN, self._facts(revision=revision.id, **where))
+            self._enter(journeys.START)
+            order = self._order(revision, source, values)
+            self._plan = services.runner.furnish(order, {**self._planned(revision), **rights})
             self.directory.create(self._plan, self._deadline)
-            services.confinement.hand_over(self.directory.path, source.directory)
+            await self._restore()
+            if order.source is not None and order.source != source.directory:
+                await anyio.to_thread.run_sync(copy, source.directory, order.source)
+            await services.runner.make_ready(order)
             state = await patiently(
-                lambda: services.store.started(self.run_id, self.number, revision.id, level),
+                lambda: services.store.started(self.run_id, self.number, revision.id, rights["sandbox"]),
                 self._log,
                 "recording the start",
             )
@@ -194,22 +226,55 @@ class Attempt:
                 await anyio.lowlevel.checkpoint()
             # From here on the process may live: the answer must not be lost to a cancellation in between.
             with anyio.CancelScope(shield=True):
-                end = await services.runner.start(
-                    self.directory,
-                    level=level,
-                    limits=services.confinement.limits_of(config),
-                    grace=services.settings.grace,
-                    interpreter=config.get("python"),
-                    preload=config.get("preload") or (),
-                    values=values,
-                    lease_fd=source.lease,
-                )
-        return end
+                return await services.runner.start(order)
 
-    def _planned(
-        self, backend: Backend, revision: Revision, source: Path, level: str, grants: Mapping[str, Json]
-    ) -> dict[str, Json]:
-        """What the flow process is told: the run directory's spec."""
+    async def _restore(self) -> None:
+        """Take over what the run that this one repeats has left."""
+        services = self._services
+        found = await results_of_repeated(services.store, self._run, self._spec)
+        if found:
+            found = await restore(services.backends, self._run, self._spec, found, self.directory, self._log)
+            self._log.info("results taken over", repeats=self._run.retry_of, tasks=len(found))
+        self._restored = found
+
+    async def _resolve(self) -> Revision:
+        """What would run now; where the run is to find that out, only that it is."""
+        storage = self._spec.storage
+        if self._services.runner.resolves(self._spec.run_config):
+            return Revision(UNRESOLVED, Entry("storage"))
+        return await self._services.backends.get(storage["type"]).resolve(storage)
+
+    async def _hold(self, revision: Revision) -> Source:
+        """The directory of the revision on this machine, if it is to be there at all."""
+        if revision.image is not None or revision.id == UNRESOLVED:
+            return Source(Path(revision.directory or "/"))
+        storage = self._spec.storage
+        backend = self._services.backends.get(storage["type"])
+        if self._services.hooks:
+            backend = self._services.hooks.around(backend, self._facts())
+        return await self._services.sources.hold(backend, storage, revision)
+
+    def _order(self, revision: Revision, source: Source, values: Mapping[str, str]) -> Order:
+        place: Path | None = Path(self.directory.source) if revision.private else source.directory
+        if revision.image is not None or revision.id == UNRESOLVED:
+            place = None
+        return Order(
+            run=self.directory,
+            run_id=self.run_id,
+            attempt=self.number,
+            flow_name=self._spec.name,
+            config=self._spec.run_config,
+            storage=self._spec.storage,
+            grace=self._services.settings.grace,
+            values=values,
+            source=place,
+            origin=source.directory,
+            lease_fd=source.lease,
+            image=revision.image,
+        )
+
+    def _planned(self, revision: Revision) -> dict[str, Json]:
+        """What the flow process is told, wherever it runs: the run directory's spec."""
         run, spec, settings = self._run, self._spec, self._services.settings
         config = spec.run_config
         entry = revision.entry
@@ -222,51 +287,47 @@ class Attempt:
             "labels": list(run.labels),
             "source": {
                 "kind": entry.kind,
-                "directory": str(source),
                 "path": entry.path,
                 "module": entry.module,
                 "sha256": entry.sha256,
                 "made_with": dict(entry.made_with),
             },
             "revision": revision.id,
-            "in_place": revision.directory is not None,
+            "in_place": revision.directory is not None and revision.image is None,
             "result": spec.result,
             "env": {
-                **self._services.runner.environment,
                 **settings.env,
                 **config.get("env", {}),
                 **run.env,
+                **self.journey.environment(),
             },
             "working_dir": config.get("working_dir"),
             "import_paths": [str(path) for path in settings.import_paths],
-            "sandbox": level,
-            "grants": dict(grants),
-            "readable": self._services.confinement.readable(source),
-            "bytecode": self._services.confinement.bytecode(source),
-            "run_directory": self.directory.path,
         }
 
     # -- follow ----------------------------------------------------------------------------------------
 
-    async def _follow(self, end: int | None) -> None:
-        """Ship output until nobody supervises it any more, then record the end. ``end``: see the runner's
+    async def _follow(self, handle: Any) -> None:
+        """Ship output until nobody supervises it any more, then record the end. ``handle``: see the runner's
         ``start``; None for an attempt that an agent before this one has started."""
         services = self._services
+        self._enter(journeys.RUN)
         if self._stop_reason is not None:  # asked for while it was being started
             services.runner.stop(self.directory, self._stop_reason, services.settings.grace)
         try:
             start = 0
-            if end is None:
+            if handle is None:
                 asked = partial(services.store.shipped, self.run_id, self.number)
                 start = await patiently(asked, self._log, "asking for the offset")
+                again = partial(results_of_repeated, services.store, self._run, self._spec)
+                self._restored = await patiently(again, self._log, "asking for results")
             shipper = self._shipper(start)
             status: dict[str, Any] = {}
             with services.lookout.watching(shipper) as watched:
-                status = await services.runner.wait(self.directory, end)
+                status = await services.runner.wait(self.directory, handle)
             await rest(watched)
             if "ended" not in status:
-                killed = services.runner.reap(self.directory, self.run_id, self.number)
-                self._log.warning("the supervisor was killed", leftovers=killed)
+                self._log.warning("the supervisor was killed", leftovers=status.get("leftovers"))
             chunks, tasks = await shipper.drain()
         except LeaseLostError:
             self.lose()
@@ -291,6 +352,7 @@ class Attempt:
             Redactor(values.values()),
             self._log,
             start,
+            self._restored,
         )
 
     async def _conclude(
@@ -301,17 +363,16 @@ class Attempt:
         tasks: Sequence[TaskRun],
     ) -> None:
         outcome = outcome_of(status)
+        self._services.tally.output_bytes += shipper.covered
         if outcome.reason is not None:
             outcome = replace(outcome, reason=shipper.clean(outcome.reason))
-        if shipper.loaded_sha256 is not None:
+        if shipper.resolved is not None and self._services.runner.resolves(self._spec.run_config):
+            outcome = replace(outcome, revision=shipper.clean(shipper.resolved))
+        elif shipper.loaded_sha256 is not None:
             outcome = replace(outcome, revision=self._loaded_revision(shipper.loaded_sha256))
         await self._record(outcome, chunks, tasks)
         shipper.recorded()
-        # A supervisor notes the end when nothing else lives; the flow could have written that as well.
-        if "ended" in status and self.directory.supervisor() is None:
-            await self._remove()
-        else:
-            await self._discard()
+        await self._discard(failed=outcome.state in (State.FAILED, State.CRASHED))
 
     def _loaded_revision(self, sha256: str) -> str | None:
         """The revision that in fact ran, where resolving alone could not say: a script used in place may
@@ -332,6 +393,7 @@ class Attempt:
         """Write the end, and the last output with it, however long the store is away; unless the lease is
         lost."""
         self.ended = True
+        self._enter(journeys.RECORD)
         self._executed()
         finish = self._services.store.finish
         try:
@@ -343,8 +405,25 @@ class Attempt:
         except LeaseLostError as error:
             self._log.warning("the end could not be recorded", error=str(error))
             return
-        again = {"next": "scheduled again"} if run.state is State.SCHEDULED else {}
-        self._log.info(str(outcome.state), **({"reason": outcome.reason} if outcome.reason else {}), **again)
+        again = run.state is State.SCHEDULED
+        following = {"next": "scheduled again"} if again else {}
+        self._log.info(
+            str(outcome.state), **({"reason": outcome.reason} if outcome.reason else {}), **following
+        )
+        self.journey.end(outcome, again)
+        tally = self._services.tally
+        tally.ended[str(outcome.state)] += 1
+        tally.again += again
+        await self._tell(run, outcome)
+
+    async def _tell(self, run: Run, outcome: Outcome) -> None:
+        """Let those know who asked to be told of ends."""
+        services = self._services
+        if services.hooks or services.notices:
+            told = facts.of_end(run, self._spec, self.number, outcome)
+            if run.state.terminal:
+                services.notices.add(told)
+            await services.hooks.tell(AFTER_RUN, told)
 
 
 def lost(held: Mapping[tuple[str, int], Held], attempts: Mapping[tuple[str, int], Attempt]) -> list[Attempt]:

@@ -30,6 +30,8 @@ def outcome_of(status: Mapping[str, Any]) -> Outcome:
 def _judge(status: Mapping[str, Any]) -> tuple[State, str | None, bool]:
     if "error" in status:
         return State.CRASHED, f"the supervisor failed: {status['error']}", True
+    if "gone" in status:
+        return State.CRASHED, str(status["gone"]), status.get("retryable") is not False
     if "ended" not in status:
         return State.CRASHED, "the supervisor of the flow process was killed", True
     said = status.get("outcome")

@@ -17,6 +17,12 @@ FIRST = 0.1
 LONGEST = 5.0
 
 
+class Waits:
+    """How often this process has found a store away, and waited for it."""
+
+    total = 0
+
+
 async def patiently(call: Callable[[], Awaitable[T]], log: Log, what: str) -> T:
     """The call's answer, however often the store has to be asked. Other errors pass through."""
     delay = FIRST
@@ -24,6 +30,7 @@ async def patiently(call: Callable[[], Awaitable[T]], log: Log, what: str) -> T:
         try:
             return await call()
         except StoreUnavailableError as error:
+            Waits.total += 1
             log.warning("the store is away", doing=what, error=str(error), retry_in=round(delay, 2))
         await anyio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         delay = min(LONGEST, delay * 2)

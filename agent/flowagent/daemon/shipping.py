@@ -32,6 +32,8 @@ MAX_TASKS = 20_000
 """Tasks of one attempt whose states are kept; a flow that makes up more is not followed further."""
 TASK_STATES = frozenset({"running", "retrying", "completed", "failed", "skipped"})
 ENDED = frozenset({"completed", "failed", "skipped"})
+NOTHING = "none"
+"""The key of a reference that says: the task returned None."""
 MAX_TEXT = 4000
 """Characters of a name or reason that are kept."""
 LATEST = 1e12
@@ -54,6 +56,7 @@ class Shipper:
         redactor: Redactor,
         log: Log,
         start: int = 0,
+        restored: Mapping[str, Json] | None = None,
     ) -> None:
         self._store = store
         self._backends = backends
@@ -65,11 +68,19 @@ class Shipper:
         self._log = log
         self._read = 0  # raw bytes that the parser has seen
         self._fed = start  # raw bytes that the redactor has seen
+        self._start = start
         self._covered = start  # raw bytes that the redactor has let go of
+        self._restored = restored or {}  # results of the run that is repeated, by task
         self._parser = Parser()
         self._tasks: set[str] = set()
         self._taken: list[Path] = []  # results that were put, and of which the store may not know yet
         self.loaded_sha256: str | None = None
+        self.resolved: str | None = None  # the revision, if the run was to find it out itself
+
+    @property
+    def covered(self) -> int:
+        """Raw bytes that were handed out for the store, those that it had already not counted."""
+        return self._covered - self._start
 
     def behind(self) -> bool:
         """Whether there may be something to ship."""
@@ -153,6 +164,8 @@ class Shipper:
                 task = None
                 if kind == "loaded" and isinstance(event.get("sha256"), str):
                     self.loaded_sha256 = event["sha256"][:64]
+                elif kind == "resolved" and isinstance(event.get("revision"), str):
+                    self.resolved = event["revision"][:MAX_TEXT]
             if task is not None:
                 yield task
 
@@ -172,6 +185,7 @@ class Shipper:
             tries=tries if isinstance(tries, int) and 0 <= tries < MAX_TRIES else 1,
             started=when if state == "running" else None,
             ended=when if state in ENDED else None,
+            result=self._restored.get(name) if state == "completed" and tries == 0 else None,
         )
 
     def _known(self, task: str) -> bool:
@@ -183,8 +197,13 @@ class Shipper:
 
     async def _result(self, event: Mapping[str, Any]) -> TaskRun | None:
         """Put a result where its registered declaration says: the flow has no say in where."""
-        task, name = event.get("task"), event.get("file")
-        if not isinstance(task, str) or not isinstance(name, str) or not self._known(task):
+        task, name, inputs = event.get("task"), event.get("file"), event.get("inputs")
+        if not isinstance(task, str) or not self._known(task):
+            return None
+        known_by = {"inputs": inputs[:64]} if isinstance(inputs, str) else {}
+        if name is None:
+            return TaskRun(self._run_id, self._attempt, task, "running", result={NOTHING: True, **known_by})
+        if not isinstance(name, str):
             return None
         declaration = self._declaration(task)
         file = self._take(name) if declaration is not None else None
@@ -195,10 +214,11 @@ class Shipper:
         reference: dict[str, Json]
         try:
             reference = await self._backends.get(declaration["storage"]).put(declaration, key, file)
-            reference["serializer"] = str(event.get("serializer"))[:MAX_TEXT]
-        except (BackendError, ValueError) as error:
-            self._log.warning("result not written", run_id=self._run_id, task=task, error=str(error))
-            reference = {"error": self.clean(str(error))}
+            reference.update(known_by, serializer=str(event.get("serializer"))[:MAX_TEXT])
+        except Exception as error:  # of a full disk, of anybody's backend: it costs the result, not the run
+            said = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
+            self._log.warning("result not written", run_id=self._run_id, task=task, error=said)
+            reference = {"error": self.clean(said)}
         self._taken.append(file)
         state = "running" if task else "completed"
         return TaskRun(self._run_id, self._attempt, task, state, result=reference)

@@ -34,6 +34,7 @@ def attempt(unit: Unit, execution: Execution, job: Job) -> Outcome:
         "task_run_count": unit.tries,
         "map_index": unit.index,
     }
+    inputs = execution.inputs(unit)
     with context(values):
         try:
             with prints_logged() if unit.task.log_stdout else nullcontext():
@@ -47,7 +48,7 @@ def attempt(unit: Unit, execution: Execution, job: Job) -> Outcome:
         if not job.end_deadline():
             return Outcome(State(FAILED, None, "abandoned"))
         try:
-            execution.keep(unit.slug, value, unit.task.result)
+            execution.keep(unit.slug, value, unit.task.result, inputs)
         except Exception as error:
             log_failure(error)
             reason = f"its result could not be kept: {reason_of(error)}"

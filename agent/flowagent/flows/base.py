@@ -40,7 +40,8 @@ _HARMLESS = frozenset({"build", "idempotency_key", "no_url", "set_schedule_activ
 def _instance(kind: type, what: str) -> Callable[[Any, str], Any]:
     def check(value: Any, flow: str) -> Any:
         if value is not None and not isinstance(value, kind):
-            raise FlowError(f"{flow}: {what} takes a {kind.__module__}.{kind.__name__}; got {value!r}")
+            module = kind.__module__.removesuffix(".base")  # where it is imported from
+            raise FlowError(f"{flow}: {what} takes a {module}.{kind.__name__}; got {value!r}")
         return value
 
     return check

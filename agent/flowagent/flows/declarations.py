@@ -191,6 +191,67 @@ def absolute(value: str | os.PathLike[str] | None, what: str) -> str | None:
     return None if checked is None else os.path.abspath(os.path.expanduser(checked))
 
 
+def patterns(value: Iterable[str] | None, what: str) -> tuple[str, ...]:
+    """Names and glob patterns of files below a directory, as given. :raises FlowError: one leads out."""
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise FlowError(f"{what} takes a list such as ['sql/*.sql', 'helpers/']; got {value!r}")
+    listed = list(value)
+    for item in listed:
+        parts = item.split("/") if isinstance(item, str) else []
+        if not is_name(item) or item.startswith(("/", "~")) or ".." in parts:
+            raise FlowError(f"{what} takes paths below the script's directory; got {item!r}")
+    return tuple(dict.fromkeys(listed))
+
+
+AWS_OPTIONS = ("endpoint_url", "region_name", "profile_name", "use_ssl", "verify", "config")
+AWS_CONFIG = ("s3", "signature_version")
+_SECRET_OPTIONS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+_SECRET_UPLOADS = ("SSECustomerKey", "CopySourceSSECustomerKey")
+
+
+def aws_options(value: Mapping[str, Any] | None, what: str) -> dict[str, Any]:
+    """Options of a client of AWS. :raises FlowError: one is unknown, or a secret."""
+    checked = _options(value, what)
+    for name in _SECRET_OPTIONS:
+        if name in checked:
+            raise FlowError(
+                f"{what}: {name} would be stored with the flow; put credentials where AWS' tools look for "
+                "them: a profile, AWS_ variables, or the secret AWS_CREDENTIALS"
+            )
+    _only(AWS_OPTIONS, checked, what)
+    config = checked.get("config", {})
+    if not isinstance(config, dict):
+        raise FlowError(f"{what}: config takes a dict such as {{'s3': {{'addressing_style': 'path'}}}}")
+    _only(AWS_CONFIG, config, f"{what}: config")
+    return checked
+
+
+def upload_options_of(value: Mapping[str, Any] | None, what: str) -> dict[str, Any]:
+    """Options of an upload. :raises FlowError: one is a secret."""
+    checked = _options(value, what)
+    for name in _SECRET_UPLOADS:
+        if name in checked:
+            raise FlowError(
+                f"{what}: {name} would be stored with the flow; use ServerSideEncryption='aws:kms'"
+            )
+    return checked
+
+
+def _only(known: Iterable[str], given: Iterable[str], what: str) -> None:
+    for name in given:
+        if name not in known:
+            raise FlowError(f"{what} has no {name!r}; known are {', '.join(known)}")
+
+
+def _options(value: Mapping[str, Any] | None, what: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise FlowError(f"{what} takes a dict; got {type(value).__name__}")
+    checked: dict[str, Any] = plain(dict(value or {}), what)
+    return checked
+
+
 def plain(value: Any, what: str) -> Any:
     """A deep copy of JSON data. :raises FlowError: ``json.dumps`` does not take it."""
     try:

@@ -17,7 +17,7 @@ from flowagent.flows.attempts import Outcome, attempt
 from flowagent.flows.context import context
 from flowagent.flows.errors import FlowError, Stop, TaskFailed, TaskTimeout
 from flowagent.flows.graph import Node, Slugs, building, references, resolve
-from flowagent.flows.inputs import Input
+from flowagent.flows.inputs import Input, digest
 from flowagent.flows.logs import get_logger
 from flowagent.flows.mapping import spread
 from flowagent.flows.observer import Observer
@@ -32,9 +32,15 @@ class Execution:
     """One execution of a flow. A function flow shares it with the engines of all tasks that it calls."""
 
     def __init__(
-        self, observer: Observer, result: Result | None = None, concurrency: int | None = None
+        self,
+        observer: Observer,
+        result: Result | None = None,
+        concurrency: int | None = None,
+        *,
+        by_inputs: bool = False,
     ) -> None:
         self._observer = observer
+        self._by_inputs = by_inputs  # a task is known again by its arguments, as no graph says what they are
         self._result = result
         self._lock = threading.Lock()
         self.concurrency = max(1, concurrency or min(32, (os.cpu_count() or 1) + 4))
@@ -49,12 +55,30 @@ class Execution:
         with self._lock:
             self._observer.task(slug, name, state, reason, tries)
 
-    def keep(self, slug: str, value: Any, declaration: Result | None = None) -> None:
+    def keep(
+        self, slug: str, value: Any, declaration: Result | None = None, inputs: str | None = None
+    ) -> None:
         """Hand a value to the observer, if it is to be kept."""
         chosen = declaration or self._result
-        if value is not None and chosen is not None:
+        if chosen is not None:
             with self._lock:
-                self._observer.result(slug, value, chosen)
+                if value is not None:
+                    self._observer.result(slug, value, chosen, inputs)
+                elif slug:
+                    self._observer.nothing(slug, inputs)
+
+    def inputs(self, unit: Unit) -> str | None:
+        """The digest of a unit's arguments, before it can change them; None where it is not needed."""
+        kept = self._by_inputs and (unit.task.result or self._result) is not None
+        return digest(unit.inputs) if kept else None
+
+    def restore(self, unit: Unit) -> State | None:
+        """How a unit ended in the run that this one repeats; None: it has to run."""
+        with self._lock:
+            found = self._observer.restored(unit.slug, self.inputs(unit))
+        if found is None:
+            return None
+        return State(COMPLETED, found.value, f"restored from run {found.run_id}")
 
 
 executing: contextvars.ContextVar[Execution | None] = contextvars.ContextVar(
@@ -142,6 +166,8 @@ class Engine:
         state = self._unrun(node, ends)
         if state is None:
             unit.inputs = {name: resolve(value, self._value) for name, value in node.inputs.items()}
+            state = self._execution.restore(unit)
+        if state is None:
             self._ready.append(unit)
         else:
             self._finish(unit, state)
@@ -183,11 +209,11 @@ class Engine:
         for index, inputs in enumerate(spread_inputs):
             unit = Unit(node, inputs, index)
             ends = [(f"{self._nodes[t].slug}[{index}]", self.states[t].map_states[index]) for t in over]
-            unrun = decide(node.task.trigger, [*shared, *ends])
-            if unrun is None:
+            ended = decide(node.task.trigger, [*shared, *ends]) or self._execution.restore(unit)
+            if ended is None:
                 self._ready.append(unit)
             else:
-                self._finish(unit, unrun)
+                self._finish(unit, ended)
 
     def _end_mapped(self, node: Node) -> None:
         children = [state for state in self._children.pop(node.task) if state is not None]

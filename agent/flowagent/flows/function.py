@@ -74,7 +74,7 @@ class FunctionFlow(BaseFlow):
             given = self._check(parameters)
         except FlowError as error:
             return State(FAILED, error, reason_of(error))
-        execution = Execution(observer, self.result, concurrency)
+        execution = Execution(observer, self.result, concurrency, by_inputs=True)
         outside = executing.set(execution)
         try:
             with run_context({"flow_name": self.name, "parameters": given}):

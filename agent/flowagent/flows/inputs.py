@@ -178,3 +178,29 @@ class LocalSecrets(Mapping[str, str]):
 
     def __repr__(self) -> str:
         return f"<secrets {', '.join(self._names)}>"
+
+
+class _Sink:
+    """A file that keeps nothing but the digest of what is written."""
+
+    def __init__(self) -> None:
+        import hashlib
+
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return len(data)
+
+
+def digest(inputs: Mapping[str, Any]) -> str | None:
+    """The digest of a task's arguments, equal for equal ones at least if they are plain data; None: they
+    cannot be pickled."""
+    import pickle
+
+    sink = _Sink()
+    try:
+        pickle.Pickler(sink, protocol=4).dump(dict(inputs))
+    except Exception:
+        return None
+    return sink.digest.hexdigest()

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowagent.flows.logs import get_logger
 from flowagent.flows.results import Result
+
+
+class Restored(NamedTuple):
+    """A value from the run ``run_id``."""
+
+    value: Any
+    run_id: str
 
 
 class Observer:
@@ -16,10 +23,18 @@ class Observer:
 
         ``tries`` counts from 1; 0: it was never tried. An error raised here ends the execution."""
 
-    def result(self, slug: str, value: Any, declaration: Result) -> None:
+    def result(self, slug: str, value: Any, declaration: Result, inputs: str | None = None) -> None:
         """A task returned a value that is to be kept; slug "" is the value of a function flow.
 
-        Called in the task's own context. An error raised here fails the task, or the function flow."""
+        ``inputs`` is the digest of its arguments, where that is needed to know it again. Called in the task's
+        own context. An error raised here fails the task, or the function flow."""
+
+    def nothing(self, slug: str, inputs: str | None = None) -> None:
+        """A task returned None, and what it returns is to be kept."""
+
+    def restored(self, slug: str, inputs: str | None = None) -> Restored | None:
+        """What a task returned in the run that this one repeats; None: it has to run."""
+        return None
 
 
 class LoggingObserver(Observer):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Any, ClassVar
 
-from flowagent.flows.declarations import Declaration, absolute, refuse, text
+from flowagent.flows.declarations import Declaration, absolute, aws_options, refuse, text, upload_options_of
 from flowagent.flows.errors import FlowError
 
 
@@ -69,7 +69,45 @@ class JSONSerializer(Serializer):
         return json.loads(data)
 
 
-_SERIALIZERS: dict[str, type[Serializer]] = {kind.name: kind for kind in (PickleSerializer, JSONSerializer)}
+class PandasSerializer(Serializer):
+    """A DataFrame as Parquet; needs pandas, with pyarrow or fastparquet, where the flow runs."""
+
+    name = "parquet"
+
+    def __init__(self, file_type: str = "parquet") -> None:
+        if file_type != "parquet":
+            raise FlowError(f"PandasSerializer writes parquet, and no {file_type!r}; leave file_type out")
+
+    def dumps(self, value: Any) -> bytes:
+        pandas = _pandas()
+        if not isinstance(value, pandas.DataFrame):
+            raise FlowError(
+                f"PandasSerializer keeps a DataFrame, and no {type(value).__name__}; "
+                "return one, or give that task another result"
+            )
+        data: bytes = value.to_parquet()
+        return data
+
+    def loads(self, data: bytes) -> Any:
+        import io
+
+        return _pandas().read_parquet(io.BytesIO(data))
+
+
+def _pandas() -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module("pandas")
+    except ImportError:
+        raise FlowError(
+            "PandasSerializer needs pandas in this interpreter: pip install pandas pyarrow"
+        ) from None
+
+
+_SERIALIZERS: dict[str, type[Serializer]] = {
+    kind.name: kind for kind in (PickleSerializer, JSONSerializer, PandasSerializer)
+}
 
 
 def serializer_named(name: str) -> Serializer:
@@ -116,7 +154,11 @@ class Result(Declaration):
         refuse(
             self.type,
             unknown,
-            {"validate_dir": "leave it out: the directory is made when a result is written"},
+            {
+                "validate_dir": "leave it out: the directory is made when a result is written",
+                "connection_string": "the agent writes results: put it into the agent's environment as "
+                "AZURE_STORAGE_CONNECTION_STRING, or into the secret that connection_string_secret names",
+            },
         )
         if storage not in (None, self.storage):
             raise FlowError(f"{self.type} is kept by storage {self.storage!r}, not {storage!r}")
@@ -124,7 +166,8 @@ class Result(Declaration):
         chosen = serializer_named(serializer) if isinstance(serializer, str) else serializer
         if chosen is not None and not isinstance(chosen, Serializer):
             raise FlowError(
-                f"{self.type}: serializer is PickleSerializer() or JSONSerializer(); got {chosen!r}"
+                f"{self.type}: serializer is PickleSerializer(), JSONSerializer() or PandasSerializer(); "
+                f"got {chosen!r}"
             )
         self.serializer = (chosen or PickleSerializer()).name
         if self.location is not None:
@@ -140,6 +183,61 @@ class LocalResult(Result):
     def __init__(self, dir: str | os.PathLike[str] | None = None, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.dir = absolute(dir, "LocalResult: dir")
+
+
+class S3Result(Result):
+    """Objects in a bucket of S3; options as for the storage :class:`~flowagent.storage.S3`."""
+
+    fields: ClassVar[tuple[str, ...]] = ("bucket", "client_options", "upload_options")
+    storage = "S3"
+
+    def __init__(
+        self,
+        bucket: str,
+        client_options: Mapping[str, Any] | None = None,
+        upload_options: Mapping[str, Any] | None = None,
+        *,
+        boto3_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.bucket = _named(bucket, "S3Result: bucket")
+        self.client_options = aws_options(client_options or boto3_kwargs, "S3Result: client_options")
+        self.upload_options = upload_options_of(upload_options, "S3Result: upload_options")
+
+
+class GCSResult(Result):
+    """Objects in a bucket of Google Cloud Storage."""
+
+    fields: ClassVar[tuple[str, ...]] = ("bucket", "project")
+    storage = "GCS"
+
+    def __init__(self, bucket: str, project: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.bucket = _named(bucket, "GCSResult: bucket")
+        self.project = text(project, "GCSResult: project")
+
+
+class AzureResult(Result):
+    """Blobs in a container of Azure; the agent finds its connection string as for the storage
+    :class:`~flowagent.storage.Azure`."""
+
+    fields: ClassVar[tuple[str, ...]] = ("container", "connection_string_secret")
+    storage = "Azure"
+
+    def __init__(self, container: str, connection_string_secret: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.container = _named(container, "AzureResult: container")
+        self.connection_string_secret = text(
+            connection_string_secret, "AzureResult: connection_string_secret"
+        )
+
+
+def _named(value: str, what: str) -> str:
+    checked = text(value, what)
+    if checked is None or "://" in checked:
+        raise FlowError(f"{what} takes its bare name; got {value!r}")
+    return checked
 
 
 def result_from_json(data: Mapping[str, Any] | None) -> Result | None:
@@ -203,9 +301,10 @@ def _format(template: str, values: Mapping[str, Any]) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("AzureResult", "ConstantResult", "GCSResult", "PrefectResult", "S3Result", "SecretResult"):
+    if name in ("ConstantResult", "PrefectResult", "SecretResult"):
         # not AttributeError: ``from flowagent.results import ...`` would replace its message by its own
-        raise ImportError(f"flowagent.results has no {name} in this version; there is LocalResult")
+        raise ImportError(f"flowagent.results has no {name}; there are {', '.join(sorted(Result.types))}")
     if name.endswith("Serializer"):
-        raise ImportError(f"flowagent.results has no {name}; there are PickleSerializer and JSONSerializer")
+        known = ", ".join(sorted(kind.__name__ for kind in _SERIALIZERS.values()))
+        raise ImportError(f"flowagent.results has no {name}; there are {known}")
     raise AttributeError(f"module 'flowagent.results' has no attribute {name!r}")

@@ -24,7 +24,7 @@ KEPT_FOR = 30 * 86400.0
 ENTERED = 0o711
 """The mode of a directory that another user may enter, but not list."""
 SOURCES = ("flows", "sources")
-"""Parts of the agent's home that hold sources: a run may read its own one there."""
+"""Parts of the agent's home that hold sources: a run may read its own one there, and in a cache elsewhere."""
 
 
 class Confinement:
@@ -38,10 +38,11 @@ class Confinement:
         self.floor = sandbox.best() if settings.sandbox == "auto" else settings.sandbox
         if (why := self._available[self.floor]) is not None:
             raise SettingsError(f"sandbox level {self.floor!r} is not to be had here: {why}")
-        self.limits = Limits().tightened({k: v for k, v in settings.max.items() if v is not None})
+        self.limits = _limits(settings)
         for kind in ("allow_read", "allow_write"):
             for path in getattr(settings, kind):
-                _check_grant(kind, path, settings.home)
+                for closed in (settings.home, *_cache(settings)):
+                    _check_grant(kind, path, closed)
         self.rules = sandbox.Rules(
             home=os.path.realpath(settings.home),
             runs=os.path.realpath(runs),
@@ -49,7 +50,7 @@ class Confinement:
             read=tuple(os.path.realpath(path) for path in settings.allow_read),
             write=tuple(os.path.realpath(path) for path in settings.allow_write),
             covered=(*isolation.covered(os.environ), *_sockets(settings, runs)),
-            user=_user(settings.run_as, runs),
+            user=_user(settings.run_as, runs, settings.sources_dir),
             cgroups=tuple(sorted(cgroups.find().items())),
         )
         self._mode = 0o700 if self.rules.user is None else ENTERED
@@ -57,6 +58,11 @@ class Confinement:
         os.makedirs(self.rules.empty, mode=0o555, exist_ok=True)
         self.gaps = sandbox.gaps(self.floor, self.rules)
         """What cannot be enforced here, each in a line."""
+
+    def reload(self, settings: Settings) -> None:
+        """Go by other settings, as far as no launcher has to know: the limits."""
+        self._settings = settings
+        self.limits = _limits(settings)
 
     def level(self, config: Mapping[str, Any]) -> str:
         """The level of a run. :raises SandboxError: its flow demands more than there is."""
@@ -83,9 +89,10 @@ class Confinement:
         return self.limits.tightened(asked)
 
     def readable(self, source: Path) -> list[str]:
-        """The source of a run, if it lies in the agent's home, which is closed otherwise."""
+        """The source of a run, if it lies in the agent's home or cache, which are closed otherwise."""
         real = os.path.realpath(source)
         parts = [os.path.join(self.rules.home, name) for name in SOURCES]
+        parts += [os.path.realpath(self._settings.sources_dir)]
         return [real] if any(real.startswith(part + os.sep) for part in parts) else []
 
     def bytecode(self, source: Path) -> str:
@@ -117,20 +124,39 @@ class Confinement:
                 os.chown(path, uid, gid, follow_symlinks=False)
 
 
-def _check_grant(kind: str, path: Path, home: Path) -> None:
+def _limits(settings: Settings) -> Limits:
+    return Limits().tightened({name: limit for name, limit in settings.max.items() if limit is not None})
+
+
+def _cache(settings: Settings) -> list[Path]:
+    """The directory of the source cache, if it is not in the home."""
+    home, cache = os.path.realpath(settings.home), os.path.realpath(settings.cache or settings.home)
+    if settings.cache is None or os.path.commonpath([home, cache]) == home:
+        return []
+    try:
+        settings.sources_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"cache {cache} cannot be used: {error.strerror}; make it, and give it to the agent's user"
+        ) from error
+    return [settings.cache]
+
+
+def _check_grant(kind: str, path: Path, directory: Path) -> None:
     option = "--" + kind.replace("_", "-")
-    real, closed = os.path.realpath(path), os.path.realpath(home)
+    real, closed = os.path.realpath(path), os.path.realpath(directory)
     if not os.path.exists(real):
         raise SettingsError(f"{option} {path}: there is no such path")
     if os.path.commonpath([real, closed]) in (real, closed):
         raise SettingsError(
-            f"{option} {path} would open the agent's own files in {home}; name other directories"
+            f"{option} {path} would open the agent's own files in {directory}; name other directories"
         )
 
 
 def _denied(settings: Settings) -> tuple[str, ...]:
     """Files of the agent that are outside of its home."""
     found = [os.environ[name] for name in ("CREDENTIALS_DIRECTORY",) if name in os.environ]
+    found += map(str, _cache(settings))
     if settings.run_as is not None:  # then there are two users whose homes hold credentials
         names = [settings.run_as, pwd.getpwuid(os.getuid()).pw_name]
         for home in [os.path.expanduser("~" + name) for name in names]:
@@ -152,7 +178,7 @@ def _sockets(settings: Settings, runs: Path) -> list[str]:
     return found
 
 
-def _user(name: str | None, runs: Path) -> tuple[int, int, tuple[int, ...]] | None:
+def _user(name: str | None, runs: Path, sources: Path) -> tuple[int, int, tuple[int, ...]] | None:
     """The user that flows run as, as numbers."""
     if name is None:
         return None
@@ -167,18 +193,21 @@ def _user(name: str | None, runs: Path) -> tuple[int, int, tuple[int, ...]] | No
     if entry.pw_uid == 0:
         raise SettingsError("--run-as takes a user other than root; leave it out to run flows as root")
     groups = tuple(sorted(os.getgrouplist(name, entry.pw_gid)))
-    _open_the_way(runs, entry.pw_uid, groups)
+    _open_the_way(runs, sources, entry.pw_uid, groups)
     return entry.pw_uid, entry.pw_gid, groups
 
 
-def _open_the_way(runs: Path, uid: int, groups: tuple[int, ...]) -> None:
-    """See to it that a user can enter the directories above the run directories, without listing them."""
+def _open_the_way(runs: Path, sources: Path, uid: int, groups: tuple[int, ...]) -> None:
+    """See to it that a user can enter the directories above the run directories and the sources, without
+    listing them."""
     home = runs.parents[2]
-    parts = [home / name for name in ("agents", "flows", "sources", "ground", BYTECODE)]
+    parts = [sources, *(home / name for name in ("agents", "flows", "ground", BYTECODE))]
     for directory in (home, *parts, runs.parent, runs):
         directory.mkdir(mode=0o700, exist_ok=True)  # whoever would make it later would close it
         directory.chmod(directory.stat().st_mode | 0o011)
-    for directory in home.parents:
+    for directory in dict.fromkeys((*home.parents, *sources.parents)):
+        if directory == home:
+            continue
         status = directory.stat()
         bit = 0o100 if status.st_uid == uid else 0o010 if status.st_gid in groups else 0o001
         if not status.st_mode & bit:

@@ -25,11 +25,14 @@ from typing import Any
 
 import anyio
 
+from flowagent import ground
 from flowagent.errors import LauncherError
-from flowagent.runners import ground
+from flowagent.models import Json
+from flowagent.runners.confinement import Confinement
+from flowagent.runners.protocol import Order
 from flowagent.runtime import sandbox, sockets
-from flowagent.runtime.limits import Limits
 from flowagent.runtime.rundir import RunDirectory
+from flowagent.settings import Settings
 
 START_TIMEOUT = 30.0
 """Seconds that an interpreter may take to come up as a launcher."""
@@ -53,57 +56,81 @@ class ProcessRunner:
     name = "process"
 
     def __init__(
-        self, directory: Path, ground_root: Path, rules: sandbox.Rules, preload: Sequence[str] = ()
+        self, directory: Path, ground_root: Path, confinement: Confinement, preload: Sequence[str] = ()
     ) -> None:
         self._directory = directory / "launchers"
         self._ground_root = ground_root
-        self._rules = rules
+        self._confinement = confinement
         self._preload = tuple(preload)
         self._environ = sandbox.base_environment(os.environ)
         self._launchers: dict[tuple[str, tuple[str, ...]], _Launcher] = {}
         self._ground: Path | None = None
 
     @property
-    def environment(self) -> dict[str, str]:
-        """The variables that every flow process starts from."""
-        return dict(self._environ)
+    def floor(self) -> str:
+        return self._confinement.floor
+
+    @property
+    def gaps(self) -> Sequence[str]:
+        return self._confinement.gaps
+
+    async def open(self) -> None:
+        """Remove byte code that nobody has used for long."""
+        await anyio.to_thread.run_sync(self._confinement.sweep)
 
     async def prepare(self, interpreter: str = sys.executable) -> None:
         """Warm up the launcher of an interpreter. :raises LauncherError: it does not start."""
         await self._launcher(interpreter, self._preload).connected()
 
-    async def start(
-        self,
-        run: RunDirectory,
-        *,
-        level: str,
-        limits: Limits,
-        grace: float,
-        interpreter: str | None = None,
-        preload: Sequence[str] = (),
-        values: Mapping[str, str] | None = None,
-        lease_fd: int | None = None,
-    ) -> int:
+    def admit(self, config: Mapping[str, Json]) -> dict[str, Json]:
+        """The level of isolation and the grants. :raises SandboxError: the flow asks for more."""
+        return {"sandbox": self._confinement.level(config), "grants": self._confinement.grants(config)}
+
+    def resolves(self, config: Mapping[str, Json]) -> bool:
+        """The agent has the credentials; a flow process never does."""
+        return False
+
+    def furnish(self, order: Order, plan: Mapping[str, Json]) -> dict[str, Json]:
+        """:raises LauncherError: the flow is in a container image."""
+        if order.source is None or order.origin is None:
+            raise LauncherError("the flow is in a container image; start an agent with --runner docker")
+        return {
+            **plan,
+            "source": {**plan["source"], "directory": str(order.source)},
+            "env": {**self._environ, **plan["env"]},
+            "run_directory": order.run.path,
+            "readable": self._confinement.readable(order.source),
+            "bytecode": self._confinement.bytecode(order.origin),
+        }
+
+    async def make_ready(self, order: Order) -> None:
+        """Nothing takes long: launchers are warm."""
+        assert order.origin is not None
+        self._confinement.hand_over(order.run.path, order.origin)
+
+    async def start(self, order: Order) -> int:
         """Start the attempt in a run directory; a descriptor to wait for its end with.
 
-        ``values`` are the secrets, handed over in memory. Starting an attempt twice does no harm: whoever
-        comes second to the run directory leaves it alone.
+        The secrets are handed over in memory. Starting an attempt twice does no harm: whoever comes second
+        to the run directory leaves it alone.
 
         :raises LauncherError: no launcher of that interpreter can be had."""
-        launcher = self._launcher(interpreter or sys.executable, (*self._preload, *preload))
+        config = order.config
+        preload = (*self._preload, *(config.get("preload") or ()))
+        launcher = self._launcher(config.get("python") or sys.executable, preload)
         end, held = os.pipe()
         fds = {"held": held}
         try:
-            if values:
-                fds["secrets"] = _memory_file(json.dumps(dict(values)).encode())
+            if order.values:
+                fds["secrets"] = _memory_file(json.dumps(dict(order.values)).encode())
             request = {
                 "op": "spawn",
-                "directory": run.path,
-                "level": level,
-                "limits": limits._asdict(),
-                "grace": grace,
+                "directory": order.run.path,
+                "level": self._confinement.level(config),
+                "limits": self._confinement.limits_of(config)._asdict(),
+                "grace": order.grace,
             }
-            await launcher.spawn(request, fds if lease_fd is None else {**fds, "lease": lease_fd})
+            await launcher.spawn(request, fds if order.lease_fd is None else {**fds, "lease": order.lease_fd})
         except BaseException:
             os.close(end)
             raise
@@ -111,6 +138,10 @@ class ProcessRunner:
             for fd in fds.values():
                 os.close(fd)
         return end
+
+    async def began(self, run: RunDirectory) -> bool:
+        """Whether a supervisor has begun it; the place of one that has not is taken."""
+        return not run.take_place() and "abandoned" not in run.status()
 
     async def wait(self, run: RunDirectory, end: int | None = None) -> dict[str, Any]:
         """Wait until nobody supervises the attempt any more; the merged status that was left.
@@ -124,7 +155,14 @@ class ProcessRunner:
                 os.close(end)
         while run.supervisor() is not None and "ended" not in run.status():  # noqa: ASYNC110 - a lock
             await anyio.sleep(LOOK_EVERY)
-        return run.status()
+        status = run.status()
+        if "ended" not in status:
+            status["leftovers"] = self._reap(run)
+        return status
+
+    def extend(self, run: RunDirectory, deadline: float) -> None:
+        """The supervisor reads it when the time that it knows of is up."""
+        run.write_lease(deadline)
 
     def stop(self, run: RunDirectory, reason: str, grace: float) -> bool:
         """Ask for the end of an attempt: SIGTERM, ``grace`` seconds, SIGKILL to all. Whether anyone heard."""
@@ -152,18 +190,18 @@ class ProcessRunner:
             os.close(pidfd)
         return True
 
-    async def forbid(self, run: RunDirectory, reason: str) -> None:
+    async def forbid(self, run: RunDirectory, reason: str, *, failed: bool = False) -> None:
         """See to it that nothing of the attempt lives, and that nothing of it can begin any more."""
         if not run.take_place() and run.supervisor() is not None:
             with suppress(FileNotFoundError):
                 self.stop(run, reason, 0)
             await self.wait(run)
 
-    def reap(self, run: RunDirectory, run_id: str, attempt: int) -> int:
+    def _reap(self, run: RunDirectory) -> int:
         """Kill what a killed supervisor left behind; how many. Known by the session and by the stamp that
         every process of an attempt has in its environment."""
         main = run.status().get("pid")
-        stamp = f"FLOWAGENT_RUN={run_id}.{attempt}".encode()
+        stamp = f"FLOWAGENT_RUN={os.path.basename(run.path)}".encode()
         killed = 0
         for entry in filter(str.isdigit, os.listdir("/proc")):
             pid = int(entry)
@@ -175,15 +213,23 @@ class ProcessRunner:
                     killed += 1
         return killed
 
+    def reload(self, settings: Settings) -> None:
+        """Take the limits of these settings from the next attempt on."""
+        self._confinement.reload(settings)
+
+    async def check(self) -> None:
+        """See whether the agent's own launcher answers. :raises LauncherError: it does not."""
+        await self._launcher(sys.executable, self._preload).ping()
+
     async def close(self) -> None:
         """End the launchers; supervisors that still work go on by themselves."""
         for launcher in self._launchers.values():
             await launcher.exit()
         self._launchers.clear()
 
-    async def retire_idle(self) -> None:
+    async def tend(self) -> None:
         """Let go of launchers that nothing was asked of for long, but of the agent's own; they end by
-        themselves then. Call it now and then."""
+        themselves then."""
         for key, launcher in list(self._launchers.items()):
             if key != (sys.executable, self._preload) and launcher.idle > IDLE:
                 del self._launchers[key]
@@ -196,7 +242,7 @@ class ProcessRunner:
         key = (interpreter, tuple(dict.fromkeys(preload)))
         if key not in self._launchers:
             self._launchers[key] = _Launcher(
-                self._directory, self._ground, interpreter, key[1], self._rules, self._environ
+                self._directory, self._ground, interpreter, key[1], self._confinement.rules, self._environ
             )
         return self._launchers[key]
 
@@ -231,13 +277,19 @@ class _Launcher:
 
     async def spawn(self, request: Mapping[str, Any], fds: Mapping[str, int]) -> None:
         self._used = time.monotonic()
-        request = {**request, "fds": list(fds)}
+        await self._ask({**request, "fds": list(fds)}, list(fds.values()))
+
+    async def ping(self) -> None:
+        await self._ask({"op": "ping"}, [])
+
+    async def _ask(self, request: Mapping[str, Any], fds: list[int]) -> None:
+        """:raises LauncherError: it does not answer, or refuses."""
         async with self._lock:
             for last in (False, True):
                 try:
                     connection = await self._connect()
                     with anyio.fail_after(REQUEST_TIMEOUT):
-                        reply = await _exchange(connection, request, list(fds.values()))
+                        reply = await _exchange(connection, request, fds)
                     break
                 except (OSError, TimeoutError, ValueError) as error:
                     self._disconnect()  # it died or hangs: once more with a fresh one
@@ -267,7 +319,7 @@ class _Launcher:
             status = os.stat(path)
         except OSError as error:
             raise LauncherError(f"cannot use the interpreter {self.interpreter}: {error.strerror}") from None
-        check_interpreter(path, (self.rules.home, *self.rules.write))
+        check_interpreter(path, (self.rules.home, *self.rules.denied, *self.rules.write))
         identity = (
             self.ground.name,
             self.interpreter,

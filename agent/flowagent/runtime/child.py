@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 
 from flowagent.flows.context import context, run_context
 from flowagent.flows.errors import FlowError, Stop
-from flowagent.flows.observer import Observer
+from flowagent.flows.logs import get_logger
+from flowagent.flows.observer import Observer, Restored
 from flowagent.flows.results import LOCATION_NAMES, format_location, result_from_json, serializer_named
-from flowagent.runtime import bubblewrap, bytecode, linux, loader, sandbox
+from flowagent.runtime import bubblewrap, bytecode, linux, loader, relay, sandbox
 from flowagent.runtime.events import Emitter
 from flowagent.runtime.limits import Limits
 from flowagent.runtime.rundir import RunDirectory
@@ -37,13 +38,16 @@ class Stopped(Stop):
     """SIGTERM arrived: unwind, so that the flow's own ``finally`` blocks run within the grace."""
 
 
-def stand_by(connection: socket.socket, prepared: sandbox.Sandbox, parent: int) -> NoReturn:
+def stand_by(
+    connection: socket.socket, prepared: sandbox.Sandbox, parent: int, *, rehearses: bool = True
+) -> NoReturn:
     """Become a flow process: get ready, wait for an attempt, confine, load, execute, report, end."""
 
     def work() -> int:
         _detach(parent)
         renew()
-        _rehearse()
+        if rehearses:
+            _rehearse()
         prepared.make_ready()
         packet, fds, _, _ = socket.recv_fds(connection, MAX_PACKET, 3)
         if not packet:
@@ -201,12 +205,9 @@ def _settle(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
     """Environment, working directory, streams and import path of the flow."""
     os.umask(0o077)
     environment = dict(spec["env"])
-    environment.update(
-        HOME=directory.home,
-        TMPDIR=directory.tmp,
-        PYTHONUNBUFFERED="1",
-        FLOWAGENT_RUN=f"{spec['run_id']}.{spec['attempt']}",
-    )
+    environment.update(PYTHONUNBUFFERED="1", FLOWAGENT_RUN=f"{spec['run_id']}.{spec['attempt']}")
+    if spec["sandbox"] != sandbox.CONTAINER:  # there they are of this run only, as the image has them
+        environment.update(HOME=directory.home, TMPDIR=directory.tmp)
     for name in [name for name in os.environ if name not in environment]:
         del os.environ[name]
     for name in environment:
@@ -265,7 +266,9 @@ def _load_and_run(directory: RunDirectory, spec: Mapping[str, Any], emitter: Emi
     emitter.emit("loaded", flow=loaded.flow.name, sha256=loaded.sha256)
     if loaded.flow.result is None and spec.get("result") is not None:
         loaded.flow.result = result_from_json(spec["result"])
-    state = loaded.flow.execute(spec["parameters"], _Observer(emitter, directory))
+    state = loaded.flow.execute(
+        spec["parameters"], _Observer(emitter, directory, inline=spec["sandbox"] == sandbox.CONTAINER)
+    )
     if state.is_successful():
         return {"state": "completed", "reason": None}
     return _failed(state.message or "failed")
@@ -328,11 +331,14 @@ def log_as_events() -> None:
 
 
 class _Observer(Observer):
-    """Writes what happens to tasks as events, and results as files that the agent picks up."""
+    """Writes what happens to tasks as events, and results as files that the agent picks up; ``inline``: they
+    are in its reach by the output only."""
 
-    def __init__(self, emitter: Emitter, directory: RunDirectory) -> None:
+    def __init__(self, emitter: Emitter, directory: RunDirectory, *, inline: bool = False) -> None:
         self._emitter = emitter
+        self._inline = inline
         self._directory = directory.results
+        self._repeats, self._restored = directory.read_restored()
         self._files = 0
         self._pid = os.getpid()
 
@@ -343,17 +349,42 @@ class _Observer(Observer):
             data["reason"] = reason[:MAX_REASON]
         self._emitter.emit("task", **data)
 
-    def result(self, slug: str, value: Any, declaration: Any) -> None:
+    def nothing(self, slug: str, inputs: str | None = None) -> None:
+        self._check_process()
+        self._emitter.emit("result", task=slug, inputs=inputs)
+
+    def restored(self, slug: str, inputs: str | None = None) -> Restored | None:
+        """A value that the agent has fetched; one that cannot be read here has to be made again."""
+        kept = self._restored.get(slug)
+        if kept is None or kept["inputs"] != inputs:
+            return None
+        try:
+            return Restored(self._read(kept), self._repeats)
+        except Exception as error:
+            get_logger().warning("%s: its result cannot be read again: %s", slug, _one_line(error))
+            return None
+
+    def _read(self, kept: Mapping[str, Any]) -> Any:
+        if kept["file"] is None:
+            return None
+        with open(os.path.join(self._directory, kept["file"]), "rb") as file:
+            return serializer_named(kept["serializer"]).loads(file.read())
+
+    def result(self, slug: str, value: Any, declaration: Any, inputs: str | None = None) -> None:
         self._check_process()
         serializer = declaration.serializer
         data = serializer_named(serializer).dumps(value)
         self._files += 1
         name = str(self._files)
-        with open(os.path.join(self._directory, name), "wb") as file:
-            file.write(data)
+        if self._inline:
+            relay.emit_file(self._emitter, name, data)
+        else:
+            with open(os.path.join(self._directory, name), "wb") as file:
+                file.write(data)
         self._emitter.emit(
             "result",
             task=slug,
+            inputs=inputs,
             file=name,
             serializer=serializer,
             location=format_location(declaration, {name: context.get(name) for name in LOCATION_NAMES}),

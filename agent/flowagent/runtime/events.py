@@ -36,56 +36,75 @@ def encode(event: dict[str, Any]) -> bytes:
     return RS + json.dumps(event, separators=(",", ":"), default=str).encode() + LF
 
 
-class Parser:
-    """Splits a stream, fed in pieces of any size, into :class:`Text` and :class:`Event`.
+class Splitter:
+    """Cuts a stream, fed in pieces of any size, into frames that may be events (True) and all else (False).
 
-    A truncated or malformed event is given out as text: nothing that was written is lost. Memory is bounded
-    by :data:`MAX_EVENT` beyond the piece that is fed.
+    Nothing is lost or added: together, what is given out is what was fed. Memory is bounded by
+    :data:`MAX_EVENT` beyond the piece that is fed.
     """
 
     def __init__(self) -> None:
         self._pending = b""  # an event that has begun: RS and what followed so far
 
-    def feed(self, data: bytes) -> Iterator[Text | Event]:
+    def feed(self, data: bytes) -> Iterator[tuple[bool, bytes]]:
         data = self._pending + data
         self._pending = b""
         position = 0
         while position < len(data):
             begin = data.find(RS, position)
             if begin != position:
-                yield Text(data[position : begin if begin >= 0 else len(data)])
+                yield False, data[position : begin if begin >= 0 else len(data)]
                 if begin < 0:
                     return
             again = data.find(RS, begin + 1)
             end = data.find(LF, begin, again if again >= 0 else len(data))
             if end >= 0:
-                yield _decode(data[begin : end + 1])
+                yield end + 1 - begin <= MAX_EVENT, data[begin : end + 1]
                 position = end + 1
             elif again >= 0:  # another event begins before this one ended: the writer died in the middle
-                yield Text(data[begin:again])
+                yield False, data[begin:again]
                 position = again
             elif len(data) - begin > MAX_EVENT:
-                yield Text(data[begin:])
+                yield False, data[begin:]
                 return
             else:
                 self._pending = data[begin:]
                 return
 
+    def close(self) -> bytes:
+        """What is left at the end of the stream."""
+        left, self._pending = self._pending, b""
+        return left
+
+
+class Parser:
+    """Splits a stream, fed in pieces of any size, into :class:`Text` and :class:`Event`.
+
+    A truncated or malformed event is given out as text: nothing that was written is lost.
+    """
+
+    def __init__(self) -> None:
+        self._splitter = Splitter()
+
+    def feed(self, data: bytes) -> Iterator[Text | Event]:
+        for framed, piece in self._splitter.feed(data):
+            yield decode(piece) if framed else Text(piece)
+
     def close(self) -> Iterator[Text | Event]:
         """What is left at the end of the stream."""
-        if self._pending:
-            yield Text(self._pending)
-            self._pending = b""
+        left = self._splitter.close()
+        if left:
+            yield Text(left)
 
 
-def _decode(frame: bytes) -> Text | Event:
-    if len(frame) <= MAX_EVENT:
-        try:
-            data = json.loads(frame[1:-1])
-        except (ValueError, RecursionError):
-            return Text(frame)
-        if isinstance(data, dict) and isinstance(data.get("event"), str):
-            return Event(data)
+def decode(frame: bytes) -> Text | Event:
+    """What a frame is, from its RS to its LF."""
+    try:
+        data = json.loads(frame[1:-1])
+    except (ValueError, RecursionError):
+        return Text(frame)
+    if isinstance(data, dict) and isinstance(data.get("event"), str):
+        return Event(data)
     return Text(frame)
 
 

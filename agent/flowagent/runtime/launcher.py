@@ -165,6 +165,8 @@ class Launcher:
             if message["op"] == "exit":
                 self._exit = True
                 return None
+            if message["op"] == "ping":
+                return {}
             return self._spawn(message, fds)
         if peer.challenge is None:
             ours = sockets.proof(self._key, "launcher", str(message["nonce"]))

@@ -11,6 +11,8 @@
       outcome     what the flow process says of its own end; nothing of it is trusted beyond its own run
       work/       the flow's own: its working directory, home/, tmp/, results/; .uncompiled: see bytecode
 
+In results/, what tasks return is numbered; restored.json and what it names is from the run that is repeated.
+
 The status file's POSIX lock says whether the supervisor lives, and who it is, without races on reused pids:
 the kernel drops it when the process dies.
 """
@@ -66,6 +68,7 @@ class RunDirectory:
         self.home = self.work + "/home"
         self.tmp = self.work + "/tmp"  # noqa: S108
         self.results = self.work + "/results"
+        self.source = self.work + "/source"  # of a run that has a copy of its own
         self.uncompiled_path = self.work + "/.uncompiled"
 
     # -- written by the agent --------------------------------------------------------------------------
@@ -86,6 +89,21 @@ class RunDirectory:
             os.close(fd)
         spec: dict[str, Any] = json.loads(data.decode())
         return spec
+
+    def write_restored(self, run_id: str, tasks: dict[str, Any]) -> None:
+        """Leave values of the run that is repeated, which are in ``results`` already, to the flow process."""
+        path = self.results + "/restored.json"
+        _write_atomically(path, json.dumps({"run": run_id, "tasks": tasks}).encode())
+        os.chmod(path, 0o644)  # flows may run as another user; nobody else comes this far
+
+    def read_restored(self) -> tuple[str, dict[str, Any]]:
+        """The run that is repeated and what its tasks left: by slug, file, serializer and inputs."""
+        try:
+            with open(self.results + "/restored.json", "rb") as file:
+                data = json.load(file)
+        except OSError:
+            return "", {}
+        return data["run"], data["tasks"]
 
     def write_lease(self, deadline: float) -> None:
         """Let the attempt live until ``deadline`` (:func:`boottime`); one write, never a torn value."""
@@ -157,6 +175,16 @@ class RunDirectory:
         """On a full disk nothing can be noted, but without its spec nothing begins either."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.spec_path)
+
+    def note(self, data: dict[str, Any], outcome: Any = None) -> None:
+        """Add to the journal of an attempt whose supervisor is elsewhere: the agent writes for it."""
+        if outcome is not None:
+            _write_atomically(self.outcome_path, json.dumps(outcome).encode())
+        fd = open_plain(self.status_path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(fd, json.dumps(data).encode() + b"\n")
+        finally:
+            os.close(fd)
 
     # -- read by the agent -----------------------------------------------------------------------------
 

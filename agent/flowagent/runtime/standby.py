@@ -15,9 +15,10 @@ from flowagent.runtime.sandbox import Sandbox
 
 
 class FlowProcess:
-    """One such process. ``others``: connections of the supervisor that it must not keep open."""
+    """One such process. ``others``: a connection of the supervisor that it must not keep open. With ``once``
+    there will be no other, and nothing is gained by a rehearsal."""
 
-    def __init__(self, sandbox: Sandbox, others: socket.socket) -> None:
+    def __init__(self, sandbox: Sandbox, others: socket.socket | None = None, *, once: bool = False) -> None:
         """:raises OSError: it could not be forked."""
         sandbox.refresh()
         parent = os.getpid()
@@ -35,8 +36,9 @@ class FlowProcess:
             from flowagent.runtime import child
 
             self._connection.close()
-            others.close()
-            child.stand_by(theirs, sandbox, parent)
+            if others is not None:
+                others.close()
+            child.stand_by(theirs, sandbox, parent, rehearses=not once)
 
     def begin(self, directory: str, limits: Limits, fds: list[int]) -> None:
         """Have it run the attempt in ``directory``. ``fds``: its output, its outcome, and secrets if any.

@@ -2,5 +2,6 @@
 
 from flowagent.sources.cache import Source, SourceCache
 from flowagent.sources.entries import CacheEntry
+from flowagent.sources.trees import copy
 
-__all__ = ["CacheEntry", "Source", "SourceCache"]
+__all__ = ["CacheEntry", "Source", "SourceCache", "copy"]

@@ -15,10 +15,12 @@ from types import TracebackType
 
 import anyio
 
+from flowagent import locks
 from flowagent.backend import Backend, Revision
-from flowagent.errors import SourceCacheError
+from flowagent.errors import SourceCacheError, StorageNotFoundError
+from flowagent.hints import near_path
 from flowagent.models import Json
-from flowagent.sources import collection, locks, trees
+from flowagent.sources import collection, trees
 from flowagent.sources.entries import TEMPORARY, CacheEntry, Manifest, Place, boot, write_manifest
 
 
@@ -62,6 +64,8 @@ class SourceCache:
         self._root = root
         self._timeout = timeout
         self._flights: dict[str, _Flight] = {}
+        self.lookups = self.fills = self.filled_bytes = 0
+        """How often sources were asked for, and materialised, since this process began."""
         self._trusted: set[str] = set()  # keys seen whole since this process and this boot began
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -77,7 +81,7 @@ class SourceCache:
         :raises BackendError: the backend cannot materialise it."""
         if revision.directory is not None:
             return revision.directory
-        place = Place.of(self._root, backend.type, revision.id)
+        place = Place.of(self._root, backend.type, revision.key)
         while True:
             if await self._published(place):
                 return place.source
@@ -93,19 +97,26 @@ class SourceCache:
         """Acquire a revision, and keep it from being collected while its lease is open. Raises as acquire."""
         if revision.directory is not None:
             return Source(revision.directory)
-        place = Place.of(self._root, backend.type, revision.id)
+        self.lookups += 1
+        place = Place.of(self._root, backend.type, revision.key)
         while True:
             directory = await self.acquire(backend, storage, revision)
             lease = await self._lock(place.lease, locks.SHARED)
             if directory.is_dir():  # else it was collected in between
                 with suppress(OSError):
                     os.utime(lease)
-                return Source(directory, lease)
+                source = Source(directory, lease)
+                try:
+                    _check_entry(directory, backend.type, revision)
+                except BaseException:
+                    source.close()
+                    raise
+                return source
             os.close(lease)
 
     def lease_path(self, backend: Backend, revision: Revision) -> Path:
         """The file that runs of a revision hold a shared lock on."""
-        return Place.of(self._root, backend.type, revision.id).lease
+        return Place.of(self._root, backend.type, revision.key).lease
 
     # -- care ----------------------------------------------------------------------------------------
 
@@ -201,8 +212,10 @@ class SourceCache:
                     raise SourceCacheError(
                         f"it took longer than {self._timeout:g} s; try again, or look at its host"
                     )
-                await anyio.to_thread.run_sync(_complete, temporary, backend.type, revision.id)
+                size = await anyio.to_thread.run_sync(_complete, temporary, backend.type, revision.id)
                 await anyio.to_thread.run_sync(_publish, temporary, place)
+                self.fills += 1
+                self.filled_bytes += size
         finally:
             if temporary.exists():
                 with anyio.CancelScope(shield=True), suppress(OSError):  # else the next sweep removes it
@@ -218,6 +231,16 @@ class SourceCache:
             ) from error
 
 
+def _check_entry(directory: Path, backend: str, revision: Revision) -> None:
+    """:raises StorageNotFoundError: the flow's file is not in its source."""
+    path = revision.entry.path
+    if path is not None and not (directory / path).is_file():
+        scripts = [str(file.relative_to(directory)) for file in directory.rglob("*.py")]
+        raise StorageNotFoundError(
+            f"{backend} source {revision.id} has no file {path!r}{near_path(path, scripts)}"
+        )
+
+
 def _new_directory(root: Path) -> tuple[Path, int]:
     """A directory to fill, and the descriptor that keeps sweepers off as long as this process lives."""
     while True:
@@ -227,11 +250,11 @@ def _new_directory(root: Path) -> tuple[Path, int]:
             return path, guard
 
 
-def _complete(directory: Path, backend: str, revision: str) -> None:
-    trees.seal(directory / "source")
-    tree = trees.measure(directory / "source")
+def _complete(directory: Path, backend: str, revision: str) -> int:
+    tree = trees.seal(directory / "source")
     manifest = Manifest(backend, revision, tree.bytes, tree.files, tree.digest, time.time(), boot())
     write_manifest(directory, manifest)
+    return tree.bytes
 
 
 def _publish(directory: Path, place: Place) -> None:

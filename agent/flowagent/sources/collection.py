@@ -8,8 +8,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from flowagent import locks
 from flowagent.errors import SourceCacheError
-from flowagent.sources import locks, trees
+from flowagent.sources import trees
 from flowagent.sources.entries import TEMPORARY, CacheEntry, Place, places
 
 

@@ -58,8 +58,8 @@ class Place:
     key: str
 
     @classmethod
-    def of(cls, root: Path, backend: str, revision: str) -> Place:
-        return cls(root, hashlib.sha256(f"{backend}\0{revision}".encode()).hexdigest())
+    def of(cls, root: Path, backend: str, key: str) -> Place:
+        return cls(root, hashlib.sha256(f"{backend}\0{key}".encode()).hexdigest())
 
     @property
     def directory(self) -> Path:

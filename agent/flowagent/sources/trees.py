@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +27,18 @@ class Tree:
     digest: str
 
 
-def seal(root: Path) -> None:
-    """Make everything below ``root``, and ``root``, read-only.
+def seal(root: Path) -> Tree:
+    """Make everything below ``root``, and ``root``, read-only, and read it.
 
     :raises SourceCacheError: a symbolic link leads out of it, or something is neither file nor directory."""
     real_root = os.path.realpath(root)
-    for path, status in _walk(root):
+
+    def close(name: str, path: str, status: os.stat_result) -> None:
         if stat.S_ISLNK(status.st_mode):
             target = os.path.realpath(path)
             if os.path.isabs(os.readlink(path)) or os.path.commonpath([target, real_root]) != real_root:
                 raise SourceCacheError(
-                    f"symbolic link {path.relative_to(root)} leads out of it, to {os.readlink(path)!r}; "
+                    f"symbolic link {name} leads out of it, to {os.readlink(path)!r}; "
                     "remove the link, or make it relative to a place inside"
                 )
         elif stat.S_ISDIR(status.st_mode):
@@ -44,29 +46,50 @@ def seal(root: Path) -> None:
         elif stat.S_ISREG(status.st_mode):
             os.chmod(path, READ_ONLY if status.st_mode & stat.S_IXUSR else 0o444)
         else:
-            raise SourceCacheError(
-                f"{path.relative_to(root)} in the source is neither file nor directory; remove it"
-            )
+            raise SourceCacheError(f"{name} in the source is neither file nor directory; remove it")
+
+    tree = _read(root, close)
     os.chmod(root, READ_ONLY)
+    return tree
 
 
 def measure(root: Path) -> Tree:
     """Read a whole tree. :raises OSError: some of it cannot be read."""
+    return _read(root, lambda name, path, status: None)
+
+
+def _read(root: Path, visit: Callable[[str, str, os.stat_result], None]) -> Tree:
+    """What a tree holds; ``visit`` sees each thing in it before it is read."""
     digest = hashlib.sha256()
+    buffer = memoryview(bytearray(files.PIECE))
     size = count = 0
-    for path, status in _walk(root):
-        name = os.fsencode(path.relative_to(root))
+    for relative, path, status in _walk(root):
+        visit(relative, path, status)
+        name = os.fsencode(relative)
         if stat.S_ISDIR(status.st_mode):
             content = b"directory"
         elif stat.S_ISLNK(status.st_mode):
             content = b"link " + os.fsencode(os.readlink(path))
         else:
             kind = b"program " if status.st_mode & stat.S_IXUSR else b"file "
-            content = kind + _digest(path)
+            content = kind + _digest(path, buffer)
             size += status.st_size
             count += 1
         digest.update(b"%d %s %d %s\n" % (len(name), name, len(content), content))
     return Tree(size, count, digest.hexdigest())
+
+
+def copy(root: Path, target: Path) -> None:
+    """Copy a tree for somebody who may write to it. :raises SourceCacheError: it cannot be written."""
+    try:
+        shutil.copytree(root, target, symlinks=True, copy_function=shutil.copyfile)
+        for name, _, status in _walk(root):
+            if not stat.S_ISLNK(status.st_mode):
+                os.chmod(target / name, 0o700 if status.st_mode & stat.S_IXUSR else 0o600)
+        target.chmod(0o700)
+    except (OSError, shutil.Error) as error:
+        said = getattr(error, "strerror", None) or error
+        raise SourceCacheError(f"the source cannot be copied to {target}: {said}; check that disk") from error
 
 
 def remove(root: Path) -> None:
@@ -88,22 +111,27 @@ def remove(root: Path) -> None:
             os.rmdir(directory)
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Everything below ``root`` in a fixed order, directories before what they hold; no link is followed."""
-    directories = [root]
-    for directory in directories:  # grows on the way: a tree may be deeper than Python's stack
+def _walk(root: Path) -> Iterator[tuple[str, str, os.stat_result]]:
+    """Everything below ``root`` in a fixed order, directories before what they hold; no link is followed.
+
+    Gives names relative to ``root``, and paths; as text, since path objects would take most of the time."""
+    directories = [("", os.fspath(root))]
+    for prefix, directory in directories:  # grows on the way: a tree may be deeper than Python's stack
         with os.scandir(directory) as found:
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
-            path, status = Path(entry.path), entry.stat(follow_symlinks=False)
-            yield path, status
+            status = entry.stat(follow_symlinks=False)
+            yield prefix + entry.name, entry.path, status
             if stat.S_ISDIR(status.st_mode):
-                directories.append(path)
+                directories.append((f"{prefix}{entry.name}/", entry.path))
 
 
-def _digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        for piece in files.read(file.fileno()):
-            digest.update(piece)
+def _digest(path: str, buffer: memoryview) -> bytes:
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        digest = hashlib.sha256()
+        while count := os.readv(file, [buffer]):
+            digest.update(buffer[:count])
+    finally:
+        os.close(file)
     return digest.hexdigest().encode()

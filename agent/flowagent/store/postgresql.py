@@ -283,10 +283,13 @@ def _without_credentials(conninfo: str) -> str:
     try:
         parts = conninfo_to_dict(conninfo)
     except psycopg.ProgrammingError:  # its message may quote the password
+        parts = None
+    # a slash in a password makes the beginning of it a port, and the rest of it a database
+    if parts is None or re.search(r"[^\d,]", str(parts.get("port") or "")) or "@" in str(parts.get("dbname")):
         raise UsageError(
             "the URL of the store is not understood; write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
             "with special characters as %XX"
-        ) from None
+        )
     host = quote(str(parts.get("host") or ""), safe=",:[]")
     port = f":{parts['port']}" if parts.get("port") else ""
     return f"postgresql://{host}{port}/{parts.get('dbname') or ''}"

@@ -58,6 +58,10 @@ class Store(Protocol):
         """Raise :class:`StoreUnavailableError` unless a statement can be answered now."""
         ...
 
+    async def clock(self) -> float:
+        """The time by the store's clock: runs are due by it. Seconds since the epoch."""
+        ...
+
     def doorbell(self, *topics: str) -> AbstractAsyncContextManager[Doorbell]:
         """Listen to topics for as long as the context is open."""
         ...

@@ -39,6 +39,10 @@ class SQLStore:
     async def ping(self) -> None:
         await self.database.check()
 
+    async def clock(self) -> float:
+        ((now,),) = await self.database.read(lambda tx: tx.execute("SELECT :now"))
+        return float(now)
+
     def doorbell(self, *topics: str) -> AbstractAsyncContextManager[Doorbell]:
         return self.database.doorbell(topics)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import flowagent
 from flowagent.errors import LauncherError
 
-FLOOR = ("__init__.py", "storage.py", "run_configs.py", "results.py", "triggers.py", "flows", "runtime")
+FLOOR = ("__init__.py", "storage", "run_configs.py", "results.py", "triggers.py", "flows", "runtime")
 ENTRY = "launch.py"
 _ENTRY_TEXT = """\
 import sys
@@ -25,6 +25,14 @@ if sys.argv[1] == "--flow":
     from flowagent.runtime.child import run_inside
 
     run_inside(sys.argv[2:])
+elif sys.argv[1] == "--check":
+    from flowagent.runtime.check import main
+
+    main(sys.argv[2:])
+elif sys.argv[1] == "--container":
+    from flowagent.runtime.container import main
+
+    main()
 else:
     from flowagent.runtime import warmth
 
@@ -33,6 +41,11 @@ else:
 
     main(sys.argv[1:])
 """
+
+
+def contents() -> dict[str, bytes]:
+    """The ground floor as files, by their relative names."""
+    return {**{name: path.read_bytes() for name, path in _files().items()}, ENTRY: _ENTRY_TEXT.encode()}
 
 
 def lay_out(root: Path) -> Path:

@@ -1,0 +1,185 @@
+"""Hooks: the operator's programs that are run around sources and runs, and that may refuse them.
+
+A hook is trusted like the agent. It is run outside of any sandbox as the agent's user, so nobody else may be
+able to write it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import anyio
+from anyio.abc import Process
+
+from flowagent.backend import Backend, Revision
+from flowagent.daemon.log import Log
+from flowagent.errors import HookError
+from flowagent.models import Json
+from flowagent.secrets import PREFIX as SECRETS
+
+BEFORE_SOURCE, AFTER_SOURCE = "before-source", "after-source"
+BEFORE_RUN, AFTER_RUN = "before-run", "after-run"
+EVENTS = (BEFORE_SOURCE, AFTER_SOURCE, BEFORE_RUN, AFTER_RUN)
+TRY_AGAIN = 75
+"""The exit code (EX_TEMPFAIL) by which a hook says that another attempt may be welcome."""
+LAST_WORDS = 500
+"""Characters of its output that are kept of a hook."""
+
+
+class Hooks:
+    """The programs in a directory, by the events that their names begin with: ``before-run``,
+    ``before-run.10-quota``; those of one event in the order of their names."""
+
+    def __init__(self, directory: Path | None, timeout: float, log: Log) -> None:
+        self._directory = directory
+        self._timeout = timeout
+        self._log = log
+
+    def __bool__(self) -> bool:
+        """Whether there may be any."""
+        return self._directory is not None
+
+    def check(self) -> None:
+        """:raises HookError: the directory, or one that is in it, cannot be used."""
+        if self._directory is None:
+            return
+        hooks = [path for event in EVENTS for path in self._programs(self._directory, event)]
+        others = {path.name for path in self._directory.iterdir() if os.access(path, os.X_OK)}
+        if others := others.difference(path.name for path in hooks):
+            self._log.warning("no hooks, by their names", programs=sorted(others), events=EVENTS)
+
+    async def run(self, event: str, facts: Mapping[str, Json]) -> None:
+        """Run the hooks of an event. :raises HookError: one refuses, fails, or takes too long."""
+        if self._directory is None:
+            return
+        for path in self._programs(self._directory, event):
+            await self._run(path, event, facts)
+
+    async def tell(self, event: str, facts: Mapping[str, Json]) -> None:
+        """The same where nothing can be refused any more."""
+        try:
+            await self.run(event, facts)
+        except HookError as error:
+            self._log.warning("a hook failed", hook_event=event, run_id=facts.get("run"), error=str(error))
+
+    def around(self, backend: Backend, facts: Mapping[str, Json]) -> Backend:
+        """A backend whose sources are materialised between hooks; the backend itself where there are none."""
+        return _Hooked(self, backend, facts) if self._directory is not None else backend
+
+    # -- one hook --------------------------------------------------------------------------------------
+
+    def _programs(self, directory: Path, event: str) -> list[Path]:
+        try:
+            _check(directory)
+            found = sorted(
+                path
+                for path in directory.iterdir()
+                if path.name == event or path.name.startswith(f"{event}.")
+            )
+            for path in found:
+                _check(path)
+        except OSError as error:
+            raise HookError(
+                f"the hooks in {directory} cannot be read: {error.strerror}; see --hooks"
+            ) from error
+        return found
+
+    async def _run(self, path: Path, event: str, facts: Mapping[str, Json]) -> None:
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+            given.write(json.dumps({"event": event, **facts}).encode())
+            given.seek(0)
+            try:
+                process = await anyio.open_process(
+                    [path],
+                    stdin=given,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    cwd="/",
+                    env=_environment(event, facts),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise HookError(
+                    f"the hook {path} cannot be started: {error.strerror}; make it executable, or remove it"
+                ) from error
+            code = await self._wait(process)
+            words = _last_words(said)
+        self._log.debug("a hook has run", hook=str(path), code=code, run_id=facts.get("run"))
+        if code is None:
+            raise HookError(f"the hook {path} took longer than {self._timeout:g} s, and was killed")
+        if code:
+            why = words or (f"it exited with {code}" if code > 0 else f"it was killed by signal {-code}")
+            raise HookError(f"the hook {path.name} refused: {why}", retryable=code == TRY_AGAIN)
+
+    async def _wait(self, process: Process) -> int | None:
+        """Its exit code; None: it was killed, with all that it started, as its time was up."""
+        try:
+            with anyio.move_on_after(self._timeout):
+                return await process.wait()
+            return None
+        finally:
+            if process.returncode is None:
+                with anyio.CancelScope(shield=True):
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    await process.wait()
+
+
+class _Hooked:
+    """A backend with hooks around its sources. What is refused afterwards is not published."""
+
+    def __init__(self, hooks: Hooks, backend: Backend, facts: Mapping[str, Json]) -> None:
+        self.type = backend.type
+        self._hooks = hooks
+        self._backend = backend
+        self._facts = facts
+
+    async def materialise(self, storage: Mapping[str, Json], revision: Revision, directory: Path) -> None:
+        facts = {**self._facts, "revision": revision.id, "source": str(directory)}
+        await self._hooks.run(BEFORE_SOURCE, facts)
+        await self._backend.materialise(storage, revision, directory)
+        await self._hooks.run(AFTER_SOURCE, facts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+def _check(path: Path) -> None:
+    """:raises HookError: others than root and this user may have written it."""
+    status = path.stat()
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise HookError(
+            f"the hook {path} is refused: others than root and the agent's user may change it; "
+            f"run: chmod go-w {path}"
+        )
+    if path.is_file() and not status.st_mode & stat.S_IXUSR:
+        raise HookError(f"the hook {path} is not executable; run: chmod u+x {path}")
+
+
+def _environment(event: str, facts: Mapping[str, Json]) -> dict[str, str]:
+    """The agent's own variables, without secrets and what its service manager told it alone."""
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(SECRETS) and name not in ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+    }
+    for name, value in {"event": event, **facts}.items():
+        if isinstance(value, (str, int)) and "\0" not in str(value):
+            found[f"HOOK_{name.upper()}"] = str(value)
+    return found
+
+
+def _last_words(file: BinaryIO) -> str:
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 4 * LAST_WORDS))
+    lines = file.read().decode(errors="replace").split("\n")
+    return " ".join(next((line for line in reversed(lines) if line.strip()), "").split())[:LAST_WORDS]

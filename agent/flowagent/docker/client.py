@@ -1,0 +1,245 @@
+"""A client of the Docker Engine API, over a unix socket or TCP; podman speaks the same.
+
+Plain HTTP by way of :mod:`flowagent.http`: no client library tells the two streams of a log apart, takes over
+a connection and stays out of the way of anyio all at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import struct
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from flowagent import http
+from flowagent.errors import FlowagentError, SettingsError
+
+API = "/v1.41"
+"""Version 20.10 and newer, and podman 4."""
+DEFAULT = "unix:///var/run/docker.sock"
+TIMEOUT = 60.0
+"""Seconds that the engine may take to answer."""
+FRAME = struct.Struct(">BxxxL")
+"""Before each piece of a log: which stream, and how many bytes (Engine API, "Stream format")."""
+
+
+class EngineError(FlowagentError):
+    """The engine refused or failed; ``status`` is HTTP's, 0 if it could not be reached at all."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retryable = status == 0 or status >= 500
+
+
+class Channel:
+    """A connection to a container's standard input."""
+
+    def __init__(self, response: http.Response) -> None:
+        self._response = response
+        self._stream = response.extensions["network_stream"]
+
+    async def send(self, data: bytes) -> None:
+        """:raises EngineError: it is gone."""
+        with http.transport_errors(lambda why: EngineError(f"the container's input is closed: {why}")):
+            await self._stream.write(data, timeout=TIMEOUT)
+
+    async def close(self) -> None:
+        await self._response.aclose()
+
+
+class Engine:
+    """One engine. ``url``: ``unix:///path``, ``tcp://host:port`` or ``http(s)://host:port``; None: what the
+    docker command goes by: ``DOCKER_HOST``, ``DOCKER_TLS_VERIFY``, ``DOCKER_CERT_PATH``; the usual socket."""
+
+    def __init__(self, url: str | None = None, environ: Mapping[str, str] = os.environ) -> None:
+        self.url = url or environ.get("DOCKER_HOST") or DEFAULT
+        scheme, _, rest = self.url.partition("://")
+        options: dict[str, Any] = {"timeout": TIMEOUT, "connections": None}  # each container has two
+        if scheme == "unix" and rest:
+            options |= {"base_url": "http://engine", "socket": rest}
+        elif scheme in ("tcp", "http", "https") and rest:
+            secure = scheme == "https" or bool(environ.get("DOCKER_TLS_VERIFY"))
+            options["base_url"] = f"{'https' if secure else 'http'}://{rest}"
+            if secure:
+                options["verify"] = _tls(environ)
+        else:
+            raise SettingsError(
+                f"{self.url!r} is no engine; give unix:///path, tcp://HOST:PORT or https://HOST"
+            )
+        self._http = http.client(**options)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    # -- requests ------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """The answer's JSON, or None if it is empty. ``timeout``: seconds, of the whole.
+
+        :raises EngineError: the engine says no, or does not answer."""
+        with self._reaching():
+            with anyio.fail_after(timeout or TIMEOUT):
+                response = await self._http.request(
+                    method,
+                    API + path,
+                    params=_query(params),
+                    headers=headers,
+                    json=body,
+                    timeout=timeout or TIMEOUT,
+                )
+        _check(response.status_code, response.content)
+        return json.loads(response.content) if response.content.strip() else None
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | AsyncIterator[bytes] | None = None,
+        silence: float | None = None,
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The answer as it comes. ``silence``: seconds without a byte that are too long; None: any are fine.
+
+        :raises EngineError: the engine says no, or breaks off."""
+        request = self._http.build_request(
+            method,
+            API + path,
+            params=_query(params),
+            headers=dict(headers or {}),
+            content=content,
+            timeout=http.timeout(TIMEOUT, read=silence),
+        )
+        with self._reaching():
+            response = await self._http.send(request, stream=True)
+        try:
+            with self._reaching():
+                if response.status_code >= 400:
+                    _check(response.status_code, await response.aread())
+            yield self._pieces(response)
+        finally:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(5):
+                await response.aclose()
+
+    async def _pieces(self, response: http.Response) -> AsyncIterator[bytes]:
+        pieces = response.aiter_raw()
+        while True:
+            with self._reaching():
+                piece = await anext(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    @asynccontextmanager
+    async def messages(
+        self, method: str, path: str, **options: Any
+    ) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """The JSON objects of a streamed answer, such as that of a build, a pull or a push."""
+        async with self.stream(method, path, **options) as pieces:
+            yield _objects(pieces)
+
+    async def attach(self, container: str) -> Channel:
+        """Take over a connection to a container's standard input. :raises EngineError: it cannot be had."""
+        request = self._http.build_request(
+            "POST",
+            f"{API}/containers/{container}/attach",
+            params={"stream": "1", "stdin": "1"},
+            headers={"Upgrade": "tcp", "Connection": "Upgrade"},
+            timeout=http.timeout(TIMEOUT, read=None),
+        )
+        with self._reaching():
+            response = await self._http.send(request, stream=True)
+            if response.status_code not in (101, 200):
+                try:
+                    _check(response.status_code, await response.aread())
+                finally:
+                    await response.aclose()
+            return Channel(response)
+
+    @asynccontextmanager
+    async def log(self, container: str, *, follow: bool) -> AsyncIterator[AsyncIterator[bytes]]:
+        """What a container has written, both streams as they came, from its beginning; with ``follow``, until
+        it ends."""
+        params = {"stdout": 1, "stderr": 1, "follow": int(follow)}
+        async with self.stream("GET", f"/containers/{container}/logs", params=params) as pieces:
+            yield _unframed(pieces)
+
+    def _reaching(self) -> Any:
+        return http.transport_errors(
+            lambda why: EngineError(
+                f"the Docker engine at {self.url} cannot be reached: {why}; is it running?"
+            )
+        )
+
+
+async def _objects(pieces: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+    pending = b""
+    async for piece in pieces:
+        *lines, pending = (pending + piece).split(b"\n")
+        for line in filter(bytes.strip, lines):
+            yield json.loads(line)
+    if pending.strip():
+        yield json.loads(pending)
+
+
+async def _unframed(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    buffer = bytearray()
+    async for piece in pieces:
+        buffer += piece
+        while len(buffer) >= FRAME.size:
+            _, size = FRAME.unpack_from(buffer)
+            if len(buffer) < FRAME.size + size:
+                break
+            yield bytes(buffer[FRAME.size : FRAME.size + size])
+            del buffer[: FRAME.size + size]
+
+
+def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
+    directory = Path(environ.get("DOCKER_CERT_PATH") or "~/.docker").expanduser()
+    try:
+        context = ssl.create_default_context(cafile=str(directory / "ca.pem"))
+        context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(
+            f"the certificates of the engine in {directory} cannot be used: {error}"
+        ) from None
+    return context
+
+
+def _query(params: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """Parameters as the engine takes them: tables as JSON, what is None left out."""
+    if params is None:
+        return None
+    return {
+        name: json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+        for name, value in params.items()
+        if value is not None
+    }
+
+
+def _check(status: int, content: bytes) -> None:
+    if status < 400:
+        return
+    try:
+        said = json.loads(content)["message"]
+    except (ValueError, LookupError, TypeError):
+        said = content.decode(errors="replace")
+    raise EngineError(" ".join(str(said).split())[:1000] or f"HTTP {status}", status)

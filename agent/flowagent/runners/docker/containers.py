@@ -1,0 +1,137 @@
+"""What containers are made with: the agent's rules, and of a run config what they allow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flowagent.errors import SandboxError, SettingsError
+from flowagent.models import Json
+from flowagent.runners.docker.volumes import Volume
+from flowagent.runtime.limits import Limits
+from flowagent.settings import Settings
+
+GROUND = "/flowagent"
+"""Where the ground floor is in every container."""
+SUPERVISION = 16
+"""Processes that init and supervisor may need beside the flow's."""
+HARMLESS = frozenset(
+    {
+        "Memory", "MemoryReservation", "NanoCpus", "CpuShares", "CpuPeriod", "CpuQuota", "CpusetCpus",
+        "PidsLimit", "ShmSize", "ReadonlyRootfs", "Tmpfs", "Dns", "DnsOptions", "DnsSearch", "ExtraHosts",
+    }
+)  # fmt: skip
+"""Keys of a host config that a flow may set: none of them reaches beyond its container."""
+AT_MOST = {"Memory": "memory", "PidsLimit": "processes"}
+"""Keys that are limits of the agent's, which a flow can only lower."""
+
+
+def limits_of(settings: Settings) -> Limits:
+    """What every run may use at the most."""
+    return Limits().tightened({name: most for name, most in settings.max.items() if most is not None})
+
+
+class Rules:
+    """What one agent makes containers with.
+
+    :raises SettingsError: the settings name something that cannot be."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.limits = limits_of(settings)
+        self._volumes = [Volume.parse(each, SettingsError).on_host() for each in settings.volumes]
+
+    def check(self, config: Mapping[str, Json]) -> None:
+        """:raises SandboxError: a run config asks for what this agent does not allow."""
+        for key in config.get("host_config") or {}:
+            if key not in HARMLESS and key not in self._settings.allow_host_config:
+                raise SandboxError(
+                    f"the flow asks for {key} in its host_config, which this agent does not allow; "
+                    f"start one with --allow-host-config {key}"
+                )
+        for volume in self._asked(config):
+            self._check_volume(volume)
+
+    def limits_of(self, config: Mapping[str, Json]) -> Limits:
+        """The limits of a run: the agent's, where its flow does not ask for less."""
+        asked = dict(config.get("limits") or {})
+        host = config.get("host_config") or {}
+        for key, name in AT_MOST.items():
+            if isinstance(host.get(key), int) and host[key] > 0:
+                asked[name] = min(host[key], asked.get(name, host[key]))
+        if config.get("timeout"):
+            asked["wall_time"] = min(config["timeout"], asked.get("wall_time", config["timeout"]))
+        return self.limits.tightened(asked)
+
+    def container(
+        self,
+        image: str,
+        command: list[str],
+        config: Mapping[str, Json],
+        labels: Mapping[str, str],
+        ground: str | None,
+    ) -> dict[str, Any]:
+        """The body that a container is created with (Engine API, ContainerCreate)."""
+        limits = self.limits_of(config)
+        host = {key: value for key, value in (config.get("host_config") or {}).items() if key not in AT_MOST}
+        volumes = [*self._volumes, *self._asked(config)]
+        if ground is not None:
+            volumes.append(Volume(ground, GROUND, writable=False))
+        host = {
+            **host,
+            **CONFINED,
+            "Mounts": [*(volume.mount for volume in volumes), *host.get("Mounts", ())],
+            "CapAdd": host.get("CapAdd", []),
+            "NetworkMode": next(iter(self._settings.networks), host.get("NetworkMode", "default")),
+            "PidsLimit": limits.processes + SUPERVISION if limits.processes else 0,
+        }
+        if limits.memory:
+            host |= {"Memory": limits.memory, "MemorySwap": limits.memory}
+        return {
+            "Image": image,
+            "Entrypoint": command,
+            "Cmd": [],
+            "Labels": dict(labels),
+            "OpenStdin": True,
+            "StdinOnce": False,
+            "AttachStdin": True,
+            "Tty": False,
+            "ExposedPorts": {f"{port}/tcp": {} for port in config.get("ports") or ()},
+            "HostConfig": host,
+            "StopSignal": "SIGTERM",
+        }
+
+    def _asked(self, config: Mapping[str, Json]) -> Iterable[Volume]:
+        return [Volume.parse(each, SandboxError) for each in config.get("volumes") or ()]
+
+    def _check_volume(self, volume: Volume) -> None:
+        if not volume.is_path:
+            if any(volume.source == each.source for each in self._volumes):
+                return
+            raise SandboxError(
+                f"the flow asks for volume {volume.source}, which this agent does not allow; "
+                f"start one with --volume {volume.source}:{volume.target}"
+            )
+        allowed = self._settings.allow_write
+        if not volume.writable:
+            allowed = (*allowed, *self._settings.allow_read)
+        # Exactly that path: below it, flows could have put links to elsewhere.
+        if os.path.normpath(volume.source) not in map(str, allowed):
+            kind = "write" if volume.writable else "read"
+            raise SandboxError(
+                f"the flow asks for {volume.source}, which this agent does not allow; "
+                f"start one with --allow-{kind} {volume.source}"
+            )
+
+
+CONFINED: Mapping[str, Any] = {
+    "Init": True,
+    "CapDrop": ["ALL"],
+    "SecurityOpt": ["no-new-privileges"],
+    "AutoRemove": False,
+    "RestartPolicy": {"Name": "no"},
+    # the log is the spool: it must not be cut short by what the engine does by default
+    "LogConfig": {"Type": "json-file", "Config": {"max-size": "1000g", "max-file": "1"}},
+}
+"""What no run config can change."""

@@ -1,0 +1,304 @@
+"""The docker runner: one container for each attempt.
+
+The run directory on this machine is all that is known of an attempt, as everywhere. What the container writes
+comes into it by way of its log; leases and requests to stop go the other way, through its standard input. A
+container is found again by its name, and ends by itself when its lease does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from flowagent.docker import Engine, EngineError, images, parse
+from flowagent.errors import LauncherError, SandboxError, UsageError
+from flowagent.models import Json
+from flowagent.runners.docker import packing
+from flowagent.runners.docker.containers import Rules, limits_of
+from flowagent.runners.docker.conversation import AGAIN, Conversation
+from flowagent.runners.docker.grounds import Grounds, start
+from flowagent.runners.protocol import Order
+from flowagent.runtime.container import boot_id
+from flowagent.runtime.rundir import RunDirectory
+from flowagent.settings import Settings
+
+PYTHON = "python3"
+EXECUTE = ["flowagent", "execute", "--spec", "-"]
+"""What runs a flow in an image that has flowagent."""
+IMAGE_ID = "sha256:"
+"""How the id of an image begins that has no name in any registry."""
+KEPT = "-kept"
+"""At the end of the name of a container that is kept."""
+
+
+class DockerRunner:
+    """Runs attempts on the engine of the settings. ``directory`` is the agent's own.
+
+    :raises SettingsError: the settings name something that cannot be."""
+
+    name = "docker"
+    floor = "container"
+    gaps: Sequence[str] = ()
+
+    def __init__(self, settings: Settings, directory: Path) -> None:
+        self._settings = settings
+        self._runs = directory / "runs"
+        self._rules = Rules(settings)
+        self._engine = Engine(settings.engine)
+        self._grounds = Grounds(self._engine, settings.home / "ground")
+        self._conversations: dict[str, Conversation] = {}
+        self._boot_id = boot_id()
+        whose = f"{os.uname().nodename}\0{os.path.realpath(directory)}"
+        self._owner = hashlib.sha256(whose.encode()).hexdigest()[:16]
+
+    async def open(self) -> None:
+        """Reach the engine, and remove containers that this agent has left and forgotten."""
+        await self._engine.call("GET", "/version")
+        filters = {"label": [f"flowagent.owner={self._owner}"]}
+        listed = await self._engine.call("GET", "/containers/json", params={"all": 1, "filters": filters})
+        for each in listed:
+            name = each["Names"][0].lstrip("/") if each["Names"] else ""
+            run = self._runs / name.removeprefix("flowagent-")
+            if not name.endswith(KEPT) and not run.exists():
+                await self._remove(each["Id"])
+
+    async def prepare(self) -> None:
+        """Have the image at hand that runs get which name none."""
+        image = await self._image(self._default_image)
+        await self._grounds.volume(image, PYTHON, self._default_image)
+
+    async def tend(self) -> None:
+        """Nothing is kept that is not used."""
+
+    async def check(self) -> None:
+        """See whether the engine answers. :raises LauncherError: it does not."""
+        await self._engine.call("GET", "/version")
+
+    def reload(self, settings: Settings) -> None:
+        """Take the limits of these settings from the next attempt on."""
+        self._rules.limits = limits_of(settings)
+
+    async def close(self) -> None:
+        """Let go of the engine; containers go on."""
+        for conversation in self._conversations.values():
+            await conversation.close()
+        await self._engine.close()
+
+    # -- before an attempt ---------------------------------------------------------------------------
+
+    def admit(self, config: Mapping[str, Json]) -> dict[str, Json]:
+        """:raises SandboxError: the flow asks for what this agent does not allow."""
+        self._rules.check(config)
+        self._allowed_image(config.get("image"))
+        return {"sandbox": self.floor, "grants": {}}
+
+    def resolves(self, config: Mapping[str, Json]) -> bool:
+        """As the run config says."""
+        return config.get("resolve") == "container"
+
+    def furnish(self, order: Order, plan: Mapping[str, Json]) -> dict[str, Json]:
+        """Where it runs, only the container knows; paths of this machine are of no use there."""
+        return {
+            **plan,
+            "source": {**plan["source"], "directory": str(order.origin)},
+            "import_paths": [],
+            "working_dir": None,
+        }
+
+    async def make_ready(self, order: Order) -> None:
+        """Pull the image, see that it can run flows, and create the container.
+
+        :raises FlowagentError: one of these fails."""
+        self._allowed_image(order.image)
+        name = order.image or order.config.get("image") or self._default_image
+        image = await self._image(name)
+        command, ground = EXECUTE, None
+        if not self.resolves(order.config):
+            python = order.config.get("python") or PYTHON
+            ground = await self._grounds.volume(image, python, name)
+            command = self._grounds.command(python, "--container")
+        labels = {
+            "flowagent.owner": self._owner,
+            "flowagent.run": order.run_id,
+            "flowagent.attempt": str(order.attempt),
+            "flowagent.flow": order.flow_name,
+        }
+        body = self._rules.container(image, command, order.config, labels, ground)
+        params = {"name": _name(order.run)}
+        container = (await self._engine.call("POST", "/containers/create", params=params, body=body))["Id"]
+        order.run.note({"container": container, "image": name, "program": command[0]})
+        for network in self._settings.networks[1:]:
+            await self._engine.call("POST", f"/networks/{network}/connect", body={"Container": container})
+        self._conversations[order.run.path] = self._conversation(container, order.run)
+
+    def _conversation(self, container: str, run: RunDirectory) -> Conversation:
+        return Conversation(self._engine, container, run, self._rules.limits, self._boot_id)
+
+    @property
+    def _default_image(self) -> str:
+        return self._settings.image or f"python:{sys.version_info[0]}.{sys.version_info[1]}-slim"
+
+    def _allowed_image(self, image: str | None) -> None:
+        """:raises SandboxError: an image is named that may not be used."""
+        allowed = self._settings.registry_allow
+        if image is None or allowed is None:
+            return
+        if image.startswith(IMAGE_ID):
+            raise SandboxError(
+                f"the flow's image {image[:19]} is from no registry, and this agent allows only "
+                f"{', '.join(allowed)}; register it with registry_url="
+            )
+        try:
+            good = parse(image).allowed(allowed)
+        except UsageError as error:
+            raise SandboxError(str(error)) from None
+        if not good:
+            raise SandboxError(
+                f"image {image} is from a registry that this agent does not allow; allowed: "
+                f"{', '.join(allowed)}"
+            )
+
+    async def _image(self, name: str) -> str:
+        """The id of an image, pulled if need be. :raises FlowagentError: it cannot be had."""
+        if name.startswith(IMAGE_ID):
+            if await images.inspect(self._engine, name) is None:
+                raise images.ImageError(
+                    f"image {name[:19]} is not on this engine: it was registered without registry_url=, "
+                    "and stays on the engine that built it"
+                )
+            return name
+        reference = parse(name)
+        pull = self._settings.pull
+        found = await images.inspect(self._engine, name)
+        if found is not None and (pull != "always" or reference.digest):
+            return str(found["Id"])
+        if pull == "never":
+            raise images.ImageError(f"image {name} is not on the engine, and this agent does not pull")
+        await images.pull(self._engine, reference)
+        found = await images.inspect(self._engine, name)
+        if found is None:
+            raise images.ImageError(f"image {name} is not there after it was pulled", retryable=True)
+        return str(found["Id"])
+
+    # -- its life ------------------------------------------------------------------------------------
+
+    async def start(self, order: Order) -> str:
+        """Start the container and hand it what it is to execute; its id."""
+        conversation = self._conversations[order.run.path]
+        channel = await conversation.attach()
+        noted = order.run.status()
+        await start(self._engine, conversation.container, noted.get("program", ""), noted.get("image", ""))
+        limits = self._rules.limits_of(order.config)
+        brief: dict[str, Any] = {
+            "spec": order.run.read_spec(),
+            "storage": order.storage if self.resolves(order.config) else None,
+            "files": None,
+            "secrets": dict(order.values),
+            # memory and processes are limited by the engine
+            "limits": limits._replace(memory=None, processes=None)._asdict(),
+            "grace": order.grace,
+            "deadline": order.run.read_lease(),
+            "boot_id": self._boot_id,
+        }
+        if (source := order.source) is None:
+            await channel.send(json.dumps(brief).encode() + b"\n")
+            return conversation.container
+        in_place = order.lease_fd is None and source == order.origin
+        files = await anyio.to_thread.run_sync(
+            lambda: packing.listed(source, self._settings.max_source, in_place=in_place)
+        )
+        await channel.send(json.dumps({**brief, "files": files}).encode() + b"\n")
+        pieces = packing.contents(source, files)
+        while piece := await anyio.to_thread.run_sync(next, pieces, b""):
+            await channel.send(piece)
+        return conversation.container
+
+    async def began(self, run: RunDirectory) -> bool:
+        """Whether its container was started; one that was only made is removed."""
+        found = await self._find(run)
+        if found is None:
+            return "began" in run.status()
+        if found["State"]["Status"] == "created":
+            await self._remove(found["Id"])
+            return False
+        return True
+
+    async def wait(self, run: RunDirectory, handle: str | None = None) -> dict[str, Any]:
+        """Follow the container's log until it has ended; what was noted of it."""
+        conversation = self._conversations.get(run.path)
+        if conversation is None:
+            conversation = self._conversations[run.path] = self._conversation(_name(run), run)
+            conversation.extend(run.read_lease())
+        try:
+            await conversation.hold()
+        finally:
+            self._conversations.pop(run.path, None)
+        return run.status()
+
+    def extend(self, run: RunDirectory, deadline: float) -> None:
+        """Pass it on, if there is a container yet."""
+        run.write_lease(deadline)
+        if (conversation := self._conversations.get(run.path)) is not None:
+            conversation.extend(deadline)
+
+    def stop(self, run: RunDirectory, reason: str, grace: float) -> bool:
+        """Pass it on, if there is a container; it is killed if it does not listen."""
+        try:
+            run.request_stop(reason, grace)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            pass  # the disk is full: the container is told all the same
+        conversation = self._conversations.get(run.path)
+        if conversation is None:
+            return False
+        conversation.stop(reason, grace)
+        return True
+
+    async def forbid(self, run: RunDirectory, reason: str, *, failed: bool = False) -> None:
+        """Remove the container; one that failed is only stopped if it is to be kept."""
+        if (conversation := self._conversations.pop(run.path, None)) is not None:
+            await conversation.close()
+        found = await self._find(run)
+        if found is None:
+            return
+        if failed and self._settings.keep == "failed":
+            with suppress(EngineError):
+                await self._engine.call("POST", f"/containers/{found['Id']}/kill")
+            params = {"name": _name(run) + KEPT}
+            await self._engine.call("POST", f"/containers/{found['Id']}/rename", params=params)
+        else:
+            await self._remove(found["Id"])
+
+    # -- the engine ----------------------------------------------------------------------------------
+
+    async def _find(self, run: RunDirectory) -> dict[str, Any] | None:
+        """What the engine knows of an attempt's container, however long it is away; None: there is none."""
+        while True:
+            try:
+                found: dict[str, Any] = await self._engine.call("GET", f"/containers/{_name(run)}/json")
+                return found
+            except EngineError as error:
+                if error.status == 404:
+                    return None
+                await anyio.sleep(AGAIN)
+
+    async def _remove(self, container: str) -> None:
+        """Remove a container with all that is in it; that somebody else did so, or does now, is as good."""
+        try:
+            await self._engine.call("DELETE", f"/containers/{container}", params={"force": 1, "v": 1})
+        except EngineError as error:
+            if error.status not in (404, 409):
+                raise LauncherError(f"container {container[:12]} cannot be removed: {error}") from None
+
+
+def _name(run: RunDirectory) -> str:
+    return f"flowagent-{os.path.basename(run.path)}"

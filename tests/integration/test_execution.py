@@ -1,0 +1,100 @@
+"""``flowagent execute``: a brief in a file or on standard input, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowagent.runtime.container import boot_id
+from flowagent.runtime.events import Event, Parser, Text
+from flowagent.runtime.limits import Limits
+from flowagent.runtime.rundir import boottime
+
+FLOW = """
+import os, time
+from flowagent import flow, get_logger
+
+@flow
+def once(seconds=0):
+    print("here", os.environ["COLOUR"], os.path.basename(__file__), flush=True)
+    time.sleep(seconds)
+"""
+
+
+def brief(script: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "spec": {
+            "run_id": "r", "attempt": 1, "flow_name": "once", "parameters": {}, "scheduled_for": 0,
+            "labels": [], "source": {}, "revision": "unresolved", "in_place": False, "result": None,
+            "env": {"COLOUR": "red"}, "working_dir": None, "import_paths": [],
+            "sandbox": "container", "grants": {},
+        },
+        "storage": {"type": "Local", "path": str(script), "stored_as_script": True},
+        "files": None, "secrets": {}, "limits": Limits()._asdict(), "grace": 1.0,
+        "deadline": boottime() + 60, "boot_id": boot_id(), **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "once.py"
+    path.write_text(FLOW)
+    return path
+
+
+def execute(spec: str, given: str = "", **options: Any) -> tuple[int, str, list[dict[str, Any]]]:
+    """The exit code, the text and the events."""
+    command = [sys.executable, "-m", "flowagent", "execute", "--spec", spec]
+    done = subprocess.run(command, input=given.encode(), stdout=subprocess.PIPE, timeout=60, **options)
+    items = list(Parser().feed(done.stdout))
+    text = b"".join(item.data for item in items if isinstance(item, Text)).decode()
+    return done.returncode, text, [item.data for item in items if isinstance(item, Event)]
+
+
+def test_a_brief_in_a_file(script: Path, tmp_path: Path, home: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(brief(script)))
+    code, text, events = execute(str(spec))
+    assert (code, text) == (0, "here red once.py\n"), events
+    kinds = [event["event"] for event in events if event["event"] != "task"]
+    assert kinds == ["container.began", "resolved", "container.began", "loaded", "container.ended"]
+    assert events[1]["revision"].startswith("sha256:")
+    status = events[-1]["status"]
+    assert status["exit_code"] == 0 and status["outcome"]["state"] == "completed"
+
+
+def test_what_follows_a_brief_reaches_the_supervisor(script: Path, home: Path) -> None:
+    sleepy = brief(script)
+    sleepy["spec"]["parameters"] = {"seconds": 60}
+    words = [sleepy, {"lease": boottime() + 50}, {"stop": 0.5, "reason": "enough"}]
+    code, _, events = execute("-", "".join(json.dumps(word) + "\n" for word in words))
+    status = events[-1].get("status", {})
+    assert code == 1 and status["stop"] == "stop" and status.get("reason") == "enough", events
+
+
+def test_nothing_runs_after_its_lease(script: Path, home: Path) -> None:
+    code, text, events = execute("-", json.dumps(brief(script, deadline=boottime() - 1)) + "\n")
+    assert code == 1 and text == "" and events[-1]["status"]["stop"] == "lease"
+
+
+def test_what_cannot_be_fetched_is_said(script: Path, home: Path) -> None:
+    script.unlink()
+    code, _, events = execute("-", json.dumps(brief(script)) + "\n")
+    status = events[-1]["status"]
+    assert code == 1 and "the flow could not be fetched: Local: no file" in status["gone"]
+    assert status["retryable"] is False
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "nonsense", '{"spec": 1}'])
+def test_what_is_no_brief(tmp_path: Path, home: Path, content: str) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(content)
+    command = [sys.executable, "-m", "flowagent", "execute", "--spec", str(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "holds nothing that can be executed" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

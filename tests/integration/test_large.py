@@ -1,0 +1,106 @@
+"""Large artifacts and results are streamed: the memory that they take does not grow with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benches import Bench
+
+MEASURED = """
+import hashlib, json, os, resource, sys
+from pathlib import Path
+import anyio
+from flowagent import bundles
+from flowagent.backend import Artifact, BackendContext, Backends
+from flowagent.flows.results import result_from_json
+from flowagent.sources import SourceCache
+
+home, file, result, storage = Path(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:5])
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+async def main():
+    seen = []
+
+    class Progress:
+        def __init__(self, what, total=None):
+            seen.append([what, total, 0])
+
+        def __enter__(self):
+            return self.advance
+
+        def __exit__(self, *_):
+            pass
+
+        def advance(self, amount):
+            seen[-1][2] += amount
+
+    backends = Backends(BackendContext(home, "host1", progress=Progress))
+    backend = backends.get(storage["type"])
+    small = home / "small"
+    small.write_bytes(b"x")
+    reference = await backend.put(result, "small", small)
+    await backend.get(reference, small)
+    before = peak()
+    reference = await backend.put(result, "large", file)
+    await backend.get(reference, home / "got")
+    results = peak() - before
+    archive = bundles.pack(home / "flow.py", [file.name], home / "bundle")
+    artifact = Artifact("f", "bundle", path=archive.path, sha256=archive.sha256, entry=archive.entry)
+    stored = await backend.upload(storage, artifact)
+    archive.path.unlink()
+    source = await SourceCache(home / "cache").acquire(backend, stored, await backend.resolve(stored))
+    grown = peak() - before
+    with open(source / file.name, "rb") as content:
+        unpacked = hashlib.file_digest(content, "sha256").hexdigest()
+    await backends.close()
+    print(json.dumps({"results": results, "grown": grown, "unpacked": unpacked, "sha256": reference["sha256"],
+                      "progress": [done == total for _, total, done in seen]}))
+
+
+anyio.run(main)
+"""
+ROOM = 100 << 20
+"""Bytes that buffers, threads and fragmentation may take, whatever the size: parts of 8 MiB, some at once."""
+
+
+@pytest.mark.parametrize(
+    "size", [300 << 20, pytest.param(1 << 30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+def test_memory_stays_flat(bench: Bench, size: int) -> None:
+    home = bench.home
+    script = home / "flow.py"
+    script.write_text("x = 1\n")
+    file = home / "large.bin"
+    block = os.urandom(1 << 20)
+    with file.open("wb") as target:
+        for number in range(size >> 20):
+            target.write(number.to_bytes(8, "big") + block[8:])
+    result = json.dumps(bench.result().to_json())
+    storage = json.dumps(bench.storage(include=[file.name]).to_json())
+    environment = {**os.environ, **bench._environment(bench.url)}  # not through the gate, which keeps bodies
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(home), str(file), result, storage],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["unpacked"] == measured["sha256"]
+    assert all(measured["progress"])
+    print(f"{bench.kind}: {measured['results'] >> 20} and {measured['grown'] >> 20} MiB")
+    assert measured["grown"] < ROOM
+    for path in (home / "got", file):
+        path.unlink()
+    subprocess.run(["rm", "-rf", str(home / "cache")], check=True)
+    assert not Path(home / "cache").exists()

@@ -1,0 +1,111 @@
+"""References of images and credentials of registries."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from flowagent.docker import parse
+from flowagent.docker.credentials import registry_auth
+from flowagent.docker.images import failure
+from flowagent.errors import BackendError, UsageError
+
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "registry", "path", "tag", "digest"),
+    [
+        ("python", "docker.io", "library/python", None, None),
+        ("python:3.12-slim", "docker.io", "library/python", "3.12-slim", None),
+        ("acme/flows", "docker.io", "acme/flows", None, None),
+        ("ghcr.io/acme/flows:1", "ghcr.io", "acme/flows", "1", None),
+        ("127.0.0.1:5000/x", "127.0.0.1:5000", "x", None, None),
+        ("localhost/x/y:z", "localhost", "x/y", "z", None),
+        (f"a.b:1/c@{DIGEST}", "a.b:1", "c", None, DIGEST),
+        (f"a.b/c:t@{DIGEST}", "a.b", "c", "t", DIGEST),
+    ],
+)
+def test_references(text: str, registry: str, path: str, tag: str | None, digest: str | None) -> None:
+    found = parse(text)
+    assert (found.registry, found.path, found.tag, found.digest) == (registry, path, tag, digest)
+    assert str(found) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "Python", "../x", "x/../y", "-x", "--privileged", "x y", "x:", "x@", "x@sha256:12", "x\n"),
+        *("x:t\nRUN y", "http://x/y", "x/", "/x", "x//y", "a.b:port/x", "x:" + "t" * 129, "x" * 300),
+        *("x@md5:0", "x?y=z", "x#y", "é"),
+    ],
+)
+def test_what_is_no_reference(text: str) -> None:
+    with pytest.raises(UsageError, match="is no image"):
+        parse(text)
+
+
+def test_only_whole_names_are_allowed() -> None:
+    image = parse("ghcr.io/acme/flows")
+    assert image.allowed(["ghcr.io"]) and image.allowed(["x.y", "ghcr.io/acme/"])
+    assert not image.allowed(["ghcr.i", "ghcr.io/ac", "acme", "ghcr.io/acme/flows/more"])
+    assert parse("python").allowed(["docker.io/library"])
+    assert not parse("ghcr.io.evil.example/acme/x").allowed(["ghcr.io"])
+
+
+def told(header: str) -> dict[str, str]:
+    return dict(json.loads(base64.urlsafe_b64decode(header)))
+
+
+async def test_credentials_are_those_of_the_registry_and_of_no_other(tmp_path: Path) -> None:
+    auth = base64.b64encode(b"robot:wall:e").decode()
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"auths": {"r.example": {"auth": auth}, "https://index.docker.io/v1/": {"identitytoken": "t"}}}
+        )
+    )
+    environ = {"DOCKER_CONFIG": str(tmp_path)}
+    found = told(await registry_auth("r.example", environ))
+    assert (found["username"], found["password"], found["serveraddress"]) == ("robot", "wall:e", "r.example")
+    assert told(await registry_auth("docker.io", environ))["identitytoken"] == "t"
+    assert told(await registry_auth("r.example.evil", environ)) == {}
+    assert told(await registry_auth("r.example", {"DOCKER_CONFIG": str(tmp_path / "none")})) == {}
+
+
+async def test_credential_helpers_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = tmp_path / "docker-credential-test"
+    helper.write_text(
+        '#!/bin/sh\nread name\n[ "$name" = r.example ] || exit 1\necho \'{"Username":"u","Secret":"s"}\'\n'
+    )
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    (tmp_path / "config.json").write_text(json.dumps({"credsStore": "test"}))
+    environ = {"DOCKER_CONFIG": str(tmp_path)}
+    assert told(await registry_auth("r.example", environ))["password"] == "s"
+    assert told(await registry_auth("other.example", environ)) == {}
+    for name in ("missing", "../test"):
+        (tmp_path / "config.json").write_text(json.dumps({"credsStore": name}))
+        with pytest.raises(BackendError, match="is not installed"):
+            await registry_auth("r.example", environ)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BackendError, match="cannot be read"):
+        await registry_auth("r.example", environ)
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "retryable"),
+    [
+        ("Get https://r/v2/: dial tcp 127.0.0.1:1: connect: connection refused", "cannot be reached", True),
+        ("lookup r: no such host", "cannot be reached", True),
+        ("unauthorized: authentication required", "refuses", False),
+        ("manifest for r/x:1 not found: manifest unknown", "there is no such image", False),
+        ("write /x: no space left on device", "disk is full", False),
+        ("something else", "something else", True),
+    ],
+)
+def test_what_a_registry_says_is_told_apart(said: str, words: str, retryable: bool) -> None:
+    error = failure("image x cannot be pulled", said)
+    assert words in str(error) and error.retryable == retryable and "\n" not in str(error)

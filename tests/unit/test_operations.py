@@ -1,0 +1,256 @@
+"""What surrounds an agent, piece by piece: service manager, watchdog, journal, disk guard."""
+
+from __future__ import annotations
+
+import array
+import io
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from flowagent.daemon.disk import DiskGuard
+from flowagent.daemon.journal import Journal, is_behind
+from flowagent.daemon.log import make_log
+from flowagent.daemon.metrics import Metrics, Readings
+from flowagent.daemon.operations import Operations
+from flowagent.daemon.pulse import Pulse
+from flowagent.daemon.systemd import ServiceManager
+from flowagent.daemon.tally import Tally
+from flowagent.errors import SettingsError, UsageError
+from flowagent.settings import Settings
+from flowagent.sources import SourceCache
+
+pytestmark = pytest.mark.anyio
+
+
+class Datagrams:
+    """A socket that others write to, and what they wrote."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        self.socket.bind(str(path))
+
+    async def next(self) -> bytes:
+        with anyio.fail_after(20):
+            await anyio.wait_readable(self.socket)
+        data, ancillary, _, _ = self.socket.recvmsg(1 << 16, 1024, socket.MSG_DONTWAIT)
+        if not ancillary:
+            return data
+        descriptors = array.array("i", ancillary[0][2])
+        with open(descriptors[0], "rb") as file:
+            file.seek(0)
+            return file.read()
+
+
+@pytest.fixture
+def datagrams(tmp_path: Path) -> Iterator[Datagrams]:
+    made = Datagrams(tmp_path / "socket")
+    yield made
+    made.socket.close()
+
+
+def log() -> Any:
+    return make_log("json", "debug", io.StringIO())
+
+
+# -- service manager -------------------------------------------------------------------------------------
+
+
+async def test_what_the_service_manager_is_told(datagrams: Datagrams) -> None:
+    manager = ServiceManager({"NOTIFY_SOCKET": str(datagrams.path), "WATCHDOG_USEC": "3000000"})
+    assert manager.listens and manager.watchdog == 3
+    manager.ready("idle\nREADY=0")
+    assert await datagrams.next() == b"READY=1\nSTATUS=idle READY=0"
+    manager.reloading()
+    assert (await datagrams.next()).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+    manager.stopping("x")
+    assert await datagrams.next() == b"STOPPING=1\nSTATUS=x"
+
+
+async def test_an_abstract_socket() -> None:
+    name = f"flowagent-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(f"\0{name}")
+        ServiceManager({"NOTIFY_SOCKET": f"@{name}"}).alive()
+        assert listening.recv(100) == b"WATCHDOG=1"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"NOTIFY_SOCKET": ""},
+        {"WATCHDOG_USEC": "1000000"},
+        {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"},
+        {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "soon"},
+        {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "0"},
+    ],
+)
+async def test_no_watchdog(environ: dict[str, str]) -> None:
+    manager = ServiceManager(environ)
+    assert manager.watchdog is None
+    manager.ready("nobody hears it")
+
+
+async def test_the_watchdog_is_not_told_that_all_is_well_when_it_is_not(
+    datagrams: Datagrams, tmp_path: Path
+) -> None:
+    manager = ServiceManager({"NOTIFY_SOCKET": str(datagrams.path), "WATCHDOG_USEC": "400000"})
+    operations = Operations(Settings(tmp_path, ""), log(), manager)
+
+    async def count(seconds: float) -> int:
+        found = 0
+        with anyio.move_on_after(seconds):
+            while True:
+                found += await datagrams.next() == b"WATCHDOG=1"
+        return found
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(operations.run)
+        assert await count(1.0) >= 3
+        with operations.pulse.during("claiming runs"):
+            await count(0.5)  # it is given a moment
+            assert await count(1.0) == 0
+        assert await count(1.0) >= 3
+        tasks.cancel_scope.cancel()
+
+
+def test_what_stalls_is_named() -> None:
+    now = 100.0
+    pulse = Pulse(lambda: now)
+    with pulse.during("one"):
+        now = 120.0
+        with pulse.during("two"):
+            now = 131.0
+            assert pulse.stalled() == ["one"]
+            assert pulse.stalled(5) == ["one", "two"]
+            with pulse.during("three", 60):
+                now = 151.0
+                assert "three" not in pulse.stalled(5)
+                now = 192.0
+                assert "three" in pulse.stalled(5)
+    assert pulse.stalled() == []
+
+
+async def test_the_loops_lag_is_measured() -> None:
+    import time
+
+    pulse = Pulse()
+    seen: list[float] = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(pulse.measure, seen.append)
+        await anyio.sleep(0.9)
+        time.sleep(0.5)  # the loop stands still
+        await anyio.sleep(0.1)
+        tasks.cancel_scope.cancel()
+    assert 0.3 < pulse.lag < 5 and seen == [pulse.lag]
+
+
+async def test_tracing_without_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "opentelemetry", None)
+    monkeypatch.delitem(__import__("sys").modules, "flowagent.daemon.tracing", raising=False)
+    with pytest.raises(UsageError, match=r"install flowagent\[otel\], or leave out --tracing"):
+        Operations(Settings(tmp_path, "", tracing="otlp"), log())
+
+
+async def test_an_address_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(SettingsError, match=f"cannot listen at {address}: Address already in use"):
+            Operations(Settings(tmp_path, "", health_address=address), log())
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(SettingsError, match="cannot listen at"):
+        Operations(Settings(tmp_path, "", health_address=str(tmp_path / "file")), log())
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_every_metric_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
+    readings = Readings(Tally(), 0, 1, 0.0, True, 0, queue_age=0.0)
+    shown, _ = Metrics().exposition(readings, "")
+    names = {family.name for family in text_string_to_metric_families(shown.decode())}
+    ours = {name.removeprefix("flowagent_") for name in names if name.startswith("flowagent_")}
+    missing = {name for name in ours if f"`{name}`" not in text and not name.endswith("_created")}
+    assert len(ours) > 20 and not missing
+
+
+# -- journal ---------------------------------------------------------------------------------------------
+
+
+async def test_entries_have_fields(datagrams: Datagrams) -> None:
+    Journal(io.StringIO(), str(datagrams.path)).msg(level="warning", event="it happened", run_id="r1", n=3)
+    assert (await datagrams.next()).split(b"\n") == [
+        b"MESSAGE=it happened run_id=r1 n=3",
+        b"PRIORITY=4",
+        b"SYSLOG_IDENTIFIER=flowagent",
+        b"FLOWAGENT_EVENT=it happened",
+        b"FLOWAGENT_RUN_ID=r1",
+        b"FLOWAGENT_N=3",
+        b"",
+    ]
+
+
+async def test_entries_of_many_lines_and_of_any_length(datagrams: Datagrams) -> None:
+    journal = Journal(io.StringIO(), str(datagrams.path))
+    journal.msg(event="one\nPRIORITY=0")
+    data = await datagrams.next()
+    assert data.startswith(b"MESSAGE\n" + (14).to_bytes(8, "little") + b"one\nPRIORITY=0\n")
+    journal.msg(event="x" * 1_000_000)
+    assert len(await datagrams.next()) > 2_000_000
+
+
+async def test_without_a_journal_entries_are_lines(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    Journal(stream, str(tmp_path / "nobody")).msg(level="error", event="it happened", exception="Traceback …")
+    assert stream.getvalue() == "it happened\nTraceback …\n"
+
+
+async def test_whether_a_stream_goes_to_the_journal(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "w") as file:
+        status = os.fstat(file.fileno())
+        assert not is_behind(file, {})
+        assert not is_behind(file, {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + 1}"})
+    assert not is_behind(io.StringIO(), {"JOURNAL_STREAM": "1:2"})
+
+
+# -- disk guard ------------------------------------------------------------------------------------------
+
+
+async def test_a_full_disk_is_pruned_and_then_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, free, pruned = 0.0, 900, []
+
+    class Cache(SourceCache):
+        async def prune(self, **wanted: Any) -> Any:
+            nonlocal free
+            pruned.append(wanted)
+            free += 50
+            return []
+
+    guard = DiskGuard([tmp_path], 1000, Cache(tmp_path / "sources"), log(), lambda: now)
+    monkeypatch.setattr(guard, "free", lambda: {str(tmp_path): free})
+    assert not await guard.room()
+    assert guard.low == f"950 bytes are free at {tmp_path}, and 1000 bytes are to be"
+    assert pruned == [{"max_bytes": 0}]
+    free = 2000
+    assert not await guard.room()  # an answer holds for a moment
+    now = 6.0
+    assert await guard.room() and guard.low is None
+    free, now = 10, 12.0
+    assert not await guard.room() and len(pruned) == 1  # not again so soon
+    now = 61.0
+    assert not await guard.room() and len(pruned) == 2
+
+
+async def test_room_is_looked_for_where_the_agent_writes(tmp_path: Path) -> None:
+    guard = DiskGuard([tmp_path, tmp_path / "not there"], 1, SourceCache(tmp_path / "sources"), log())
+    assert list(guard.free()) == [str(tmp_path)] and await guard.room()
