@@ -124,6 +124,6 @@ def with_old(path: Path) -> None:
     with tarfile.open(path, "w", dereference=True) as tar:
         _system(tar)
         entry = tarfile.TarInfo("bin/python3")
-        text = b"#!/bin/sh\ncat >/dev/null &\necho '{\"python\": [3, 6, 8]}'\n"
+        text = b"#!/bin/sh\necho '{\"python\": [3, 6, 8]}'\n"
         entry.size, entry.mode = len(text), 0o755
         tar.addfile(entry, io.BytesIO(text))

@@ -241,6 +241,15 @@ def test_images_that_will_not_do(yard: Site, image: str, reason: str) -> None:
     assert shown["state"] == "crashed" and reason in shown["reason"], shown["reason"]
 
 
+def test_a_container_that_ends_before_it_has_its_source(yard: Site) -> None:
+    (yard.sources / "large.bin").write_bytes(bytes(8 << 20))
+    register(yard, "no-room", "pass", 'host_config={"ReadonlyRootfs": True, "Tmpfs": {"/tmp": "size=1m"}}')
+    shown = yard.wait_for(yard.submit("no-room"))
+    (yard.sources / "large.bin").unlink()
+    assert shown["state"] == "crashed", shown
+    assert "the container cannot be used: [Errno 28] No space left on device" in shown["reason"]
+
+
 def test_cancelling_asks_then_kills(yard: Site, engine: Engine) -> None:
     register(
         yard,

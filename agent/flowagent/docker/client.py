@@ -11,7 +11,7 @@ import os
 import ssl
 import struct
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,31 @@ class Engine:
                 finally:
                     await response.aclose()
             return Channel(response)
+
+    async def feed(self, container: str, channel: Channel, pieces: AsyncIterator[bytes]) -> None:
+        """Send pieces to a container's standard input until all are sent, or it has ended: one that ended
+        early never takes the rest, and its log says why.
+
+        :raises EngineError: the connection broke, and the container goes on."""
+        failure = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._await_end, container, tasks.cancel_scope)
+            try:
+                async for piece in pieces:
+                    await channel.send(piece)
+            except EngineError as error:
+                failure = error
+            tasks.cancel_scope.cancel()
+        if failure is not None:
+            found = await self.call("GET", f"/containers/{container}/json")
+            if found["State"]["Running"]:
+                raise failure
+
+    async def _await_end(self, container: str, scope: anyio.CancelScope) -> None:
+        with suppress(EngineError):  # then the sending will fail
+            async with self.stream("POST", f"/containers/{container}/wait") as pieces:
+                async for _ in pieces:  # the head of the answer comes before the end
+                    scope.cancel()
 
     @asynccontextmanager
     async def log(self, container: str, *, follow: bool) -> AsyncIterator[AsyncIterator[bytes]]:

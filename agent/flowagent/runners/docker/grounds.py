@@ -7,8 +7,7 @@ start. Nothing of any flow's runs where it is written, and no other image ever s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,18 +110,21 @@ class Grounds:
 
     async def _seed(self, container: str, python: str, image: str) -> tuple[int, bytes]:
         """Run the seed with the files on its standard input; its exit code and what it wrote."""
-        listed = [[name, len(data)] for name, data in self._files.items()]
         channel = await self._engine.attach(container)
         try:
             await start(self._engine, container, python, image)
-            with suppress(EngineError):  # it may have ended already; it says why
-                await channel.send(json.dumps(listed).encode() + b"\n" + b"".join(self._files.values()))
+            await self._engine.feed(container, channel, self._contents())
             ended = await self._engine.call("POST", f"/containers/{container}/wait", timeout=TIMEOUT)
         finally:
             await channel.close()
         async with self._engine.log(container, follow=False) as pieces:
             output = b"".join([piece async for piece in pieces])
         return int(ended["StatusCode"]), output
+
+    async def _contents(self) -> AsyncIterator[bytes]:
+        listed = [[name, len(data)] for name, data in self._files.items()]
+        yield json.dumps(listed).encode() + b"\n"
+        yield b"".join(self._files.values())
 
 
 async def start(engine: Engine, container: str, python: str, image: str) -> None:

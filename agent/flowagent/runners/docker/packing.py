@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+
+import anyio
 
 from flowagent.errors import LauncherError
 from flowagent.runtime.limits import size
@@ -47,6 +49,14 @@ def listed(source: Path, most: int, *, in_place: bool) -> list[list[Any]]:
                 f"than {size(most)}; keep the flow in a directory of its own, or in an image"
             )
     return found
+
+
+async def stream(head: bytes, source: Path, files: list[list[Any]]) -> AsyncIterator[bytes]:
+    """First ``head``, then what is in the files."""
+    yield head
+    pieces = contents(source, files)
+    while piece := await anyio.to_thread.run_sync(next, pieces, b""):
+        yield piece
 
 
 def contents(source: Path, files: list[list[Any]]) -> Iterator[bytes]:

@@ -215,10 +215,8 @@ class DockerRunner:
         files = await anyio.to_thread.run_sync(
             lambda: packing.listed(source, self._settings.max_source, in_place=in_place)
         )
-        await channel.send(json.dumps({**brief, "files": files}).encode() + b"\n")
-        pieces = packing.contents(source, files)
-        while piece := await anyio.to_thread.run_sync(next, pieces, b""):
-            await channel.send(piece)
+        head = json.dumps({**brief, "files": files}).encode() + b"\n"
+        await self._engine.feed(conversation.container, channel, packing.stream(head, source, files))
         return conversation.container
 
     async def began(self, run: RunDirectory) -> bool:
