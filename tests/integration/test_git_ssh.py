@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import anyio
 import asyncssh
 import pytest
 from gitplace import Place, place
@@ -249,6 +250,23 @@ async def test_a_connection_that_was_cut_is_made_again(server: SshServer, root: 
     (name,) = here.backend._connections._open
     here.backend._connections._open[name].connection._transport.abort()  # type: ignore[union-attr]
     assert await here.read(storage) == "1"
+
+
+async def test_a_server_that_takes_few_sessions(root: Path, repository: Repository, tmp_path: Path) -> None:
+    with sshd(root / "repos", root / "few" / ".ssh", "MaxSessions 2") as few:
+        async with place(tmp_path, environ={"HOME": str(root / "few")}) as made:
+            storage = made.of(few.url("one"))
+            found: list[str] = []
+
+            async def resolve() -> None:
+                found.append((await made.backend.resolve(storage)).id)
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(20):
+                    tasks.start_soon(resolve)
+            assert found == [repository.head] * 20
+            log = few.directory.parent / "sshd" / "log"
+            assert log.read_text().count("Accepted publickey") == 1
 
 
 async def test_a_server_that_is_not_openssh(

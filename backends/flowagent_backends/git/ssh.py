@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 KEYS = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
 GLOBAL_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 PATIENCE = 20.0
+TRIES, AGAIN = 60, 0.05
 GOODBYE = 2.0
 SESSIONS = 8  # servers allow ten in a connection (sshd_config, MaxSessions)
 JUMPS = 4
@@ -55,6 +56,25 @@ class Channel:
     @property
     def errors(self) -> str:
         return self.said.decode("utf-8", "replace")
+
+
+async def _session(connection: asyncssh.SSHClientConnection, line: str) -> asyncssh.SSHClientProcess[bytes]:
+    """A session that runs a command. Servers count one that has ended until they have noticed: one that is
+    refused is asked for again.
+
+    :raises asyncssh.ChannelOpenError: it is refused for good. :raises TimeoutError: nobody answers."""
+    import asyncssh
+
+    tries = 0
+    with anyio.fail_after(PATIENCE):
+        while True:
+            try:
+                return await connection.create_process(line, env=VERSION_2, encoding=None)
+            except asyncssh.ChannelOpenError:
+                tries += 1
+                if tries == TRIES or connection.is_closed():
+                    raise
+                await anyio.sleep(AGAIN)
 
 
 class Connections:
@@ -92,9 +112,10 @@ class Connections:
             known = await self._connected(remote)
             async with known.room:
                 try:
-                    with anyio.fail_after(PATIENCE):
-                        process = await known.connection.create_process(line, env=VERSION_2, encoding=None)
+                    process = await _session(known.connection, line)
                 except (asyncssh.Error, OSError, TimeoutError) as error:
+                    if isinstance(error, asyncssh.ChannelOpenError) and not known.connection.is_closed():
+                        raise _unreached(remote, error) from error  # others go on with the connection
                     self._forget(known)  # it died while nobody used it
                     if again:
                         continue
