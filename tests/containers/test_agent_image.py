@@ -74,11 +74,12 @@ def image(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> str:
     engine.docker("import", str(root / "base.tar"), BASE)
     context = root / "context"
     shutil.copytree(wheels(), context / "wheels")
-    ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("agent", "backends", "docker"):
-        shutil.copytree(ROOT / name, context / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, context)
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+    for name in listed.stdout.rstrip("\0").split("\0"):
+        (context / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, context / name)
+    with (context / ".dockerignore").open("a") as file:
+        file.write("!wheels\n")
     arguments = {"BASE": BASE, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/src/wheels", "EXTRAS": "postgresql"}
     engine.docker(
         "build", "-q", "--network=none", "-t", IMAGE, "-f", str(context / "docker/Dockerfile"),
