@@ -21,7 +21,7 @@ from flowagent.backend import BackendContext, Backends, Revision
 from flowagent.errors import FlowagentError, UsageError
 from flowagent.models import Json
 from flowagent.runtime import relay
-from flowagent.runtime.container import FIRST_LEASE, boot_id
+from flowagent.runtime.container import FIRST_LEASE, UNATTENDED, boot_id
 from flowagent.runtime.events import Emitter
 from flowagent.runtime.rundir import boottime
 from flowagent.settings import Settings
@@ -29,8 +29,6 @@ from flowagent.settings import Settings
 STDIN, STDOUT = 0, 1
 LOOK_EVERY = 1.0
 """Seconds between looks at the lease while the flow is fetched."""
-UNATTENDED = 10 * 365 * 86400.0
-"""Seconds that an attempt may live whose brief is a file: whoever started the container ends it."""
 
 
 def execute(settings: Settings, spec: str) -> NoReturn:
@@ -40,6 +38,8 @@ def execute(settings: Settings, spec: str) -> NoReturn:
     brief = _read(spec)
     relay.note(STDOUT, relay.BEGAN, boot_id=boot_id(), boottime=boottime())
     fetching = _Fetching(brief, attended=spec == "-")
+    if brief["storage"] is None:  # the flow is in the image
+        _become(brief, fetching, ground.lay_out(Path(tempfile.mkdtemp(prefix="flowagent-ground-"))))
     try:
         revision = anyio.run(fetching.run, settings)
     except FlowagentError as error:

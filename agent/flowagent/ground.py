@@ -18,6 +18,8 @@ from flowagent.errors import LauncherError
 
 FLOOR = ("__init__.py", "storage", "run_configs.py", "results.py", "triggers.py", "flows", "runtime")
 ENTRY = "launch.py"
+IN_IMAGES = "/opt/flowagent/ground"
+"""Where it is in images that were built with a flow in them."""
 _ENTRY_TEXT = """\
 import sys
 

@@ -177,7 +177,7 @@ def _spec(
 ) -> FlowSpec:
     """The flow's description with all defaults that follow from its storage."""
     spec = FlowSpec.from_json(flow.describe())
-    run_config = spec.run_config or UniversalRun().to_json()
+    run_config = _with_template(spec.run_config or UniversalRun().to_json())
     label_names.common_runners(RunConfig.from_json(run_config).runners, storage.get("runners") or ())
     all_labels = (
         *spec.labels,
@@ -194,6 +194,21 @@ def _spec(
         result=spec.result or backend.default_result(storage),
         project=project or spec.project,
     )
+
+
+def _with_template(run_config: dict[str, Json]) -> dict[str, Json]:
+    """A job template in a file goes into the registry: the agent is on another machine.
+
+    :raises UsageError: it cannot be read."""
+    path = run_config.get("job_template_path")
+    if path is None or "://" in path:
+        return run_config
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UsageError(f"job_template_path {path} cannot be read: {why}; correct the path") from None
+    return {**run_config, "job_template": text, "job_template_path": None}
 
 
 def _artifact(flow: BaseFlow, storage: Storage, candidate: Candidate, directory: Path) -> _Made:

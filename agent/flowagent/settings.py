@@ -29,6 +29,8 @@ DEFAULT_MAX: Mapping[str, float | None] = {
 """What a run may use if nobody says otherwise: more than any should need, less than harms the machine."""
 
 
+LEASES = {"kubernetes": 90.0}
+"""Seconds that runs are leased for by default, where not as everywhere: a pod takes its time to end."""
 MAX_SOURCE = 8 << 30
 """How many bytes a source may have, if nobody says otherwise."""
 
@@ -88,7 +90,14 @@ class Settings:
     volumes: tuple[str, ...] = ()  # mounted into every container: SOURCE:TARGET[:ro]
     networks: tuple[str, ...] = ()  # that every container is in
     allow_host_config: tuple[str, ...] = ()  # keys of a host_config that flows may set besides harmless ones
-    keep: str = "none"  # which containers are kept when they have ended: none, failed
+    keep: str = "none"  # which containers, or jobs, are kept when they have ended: none, failed
+    # of runs in pods
+    context: str | None = None  # of the kubeconfig; None: the current one
+    namespace: str | None = None  # that jobs are made in; None: the one of the context, or of the agent's pod
+    job_template: Path | None = None  # what every job is made from, below what flows ask for
+    service_account: str | None = None  # of pods whose flows name none
+    image_pull_secrets: tuple[str, ...] = ()  # of pods whose flows name none
+    start_timeout: float = 300.0  # how long a pod may take to start
     health_address: str | None = None  # HOST:PORT or a path: where health and metrics are served
     max_runs: int | None = None  # after so many claims, drain and end
     idle_exit: float | None = None  # after so long without a run, end
@@ -170,6 +179,8 @@ def load(
     values: dict[str, Any] = {"home": home, **{key: value for key, (value, _) in found.items()}}
     home = values["home"]
     values.setdefault("store", f"sqlite:///{home}/flowagent.db")
+    if values.get("runner") in LEASES:
+        values.setdefault("lease", LEASES[values["runner"]])
     values["max"] = {**DEFAULT_MAX, **values.get("max", {})}
     values["config"] = config.absolute() if config is not None else None
     values["origins"] = {key: origin for key, (_, origin) in found.items()}
@@ -284,7 +295,7 @@ _KINDS: Mapping[str, Callable[[Any], Any]] = {
     "ssh_dir": kinds.path,
     "ssh_client": kinds.choice("asyncssh", "openssh"),
     "ssh": kinds.ssh_hosts,
-    "runner": kinds.choice("process", "docker"),
+    "runner": kinds.choice("process", "docker", "kubernetes"),
     "engine": kinds.string,
     "image": kinds.string,
     "pull": kinds.choice("missing", "always", "never"),
@@ -293,6 +304,12 @@ _KINDS: Mapping[str, Callable[[Any], Any]] = {
     "networks": kinds.strings,
     "allow_host_config": kinds.strings,
     "keep": kinds.choice("none", "failed"),
+    "context": kinds.string,
+    "namespace": kinds.string,
+    "job_template": kinds.path,
+    "service_account": kinds.string,
+    "image_pull_secrets": kinds.strings,
+    "start_timeout": kinds.seconds,
 }
 assert set(_KINDS) == {item.name for item in fields(Settings)} - {"config", "origins"}
 

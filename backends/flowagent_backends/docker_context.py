@@ -22,8 +22,6 @@ from flowagent.models import Json
 HOME = "/opt/flowagent"
 FLOWS = f"{HOME}/flows"
 """Where flows are in images."""
-GROUND = f"{HOME}/ground"
-"""What loads and runs them: the standard library's Python is enough for it."""
 PREFIX = ".flowagent-"
 """Of the names in a context that are ours."""
 LINK_OR_NOTHING = "is neither a file nor a directory; correct files="
@@ -96,14 +94,20 @@ class Context:
         if storage.get("python_dependencies"):
             pip = ["python3", "-m", "pip", "install", "--no-cache-dir", *storage["python_dependencies"]]
             lines.append(f"RUN {json.dumps(pip)}")
-        lines.append(f"COPY {json.dumps([PREFIX + 'ground', GROUND])}")
+        lines.append(f"COPY {json.dumps([PREFIX + 'ground', ground.IN_IMAGES])}")
         for number, target in enumerate((storage.get("files") or {}).values()):
             lines.append(f"COPY {json.dumps([f'{PREFIX}file-{number}', target])}")
         if self.flow is not None:
             lines.append(f"COPY {json.dumps([PREFIX + 'flow', self.flow_path])}")
         lines += storage.get("extra_dockerfile_commands") or ()
         if not storage.get("ignore_healthchecks"):
-            check = ["python3", f"{GROUND}/{ground.ENTRY}", "--check", self._source(), self.flow_name]
+            check = [
+                "python3",
+                f"{ground.IN_IMAGES}/{ground.ENTRY}",
+                "--check",
+                self._source(),
+                self.flow_name,
+            ]
             lines.append(f"RUN {json.dumps(check)}")
         return "\n".join(lines) + "\n"
 

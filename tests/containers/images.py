@@ -7,7 +7,14 @@ import re
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import flowagent
+import flowagent_backends
 
 PYTHON = "/usr/bin/python3.11"
 BUSYBOX = "/bin/busybox"
@@ -117,6 +124,38 @@ def with_pip(path: Path, pip: Path) -> None:
     with_python(path, Path("/usr/bin/git"))
     with tarfile.open(path, "a", dereference=True) as tar:
         tar.add(pip, "usr/lib/python3/dist-packages/pip")
+
+
+def with_flowagent(path: Path) -> None:
+    """Write a tar of an image that has git, and flowagent with all that it depends on, as it is here."""
+    with_python(path, Path("/usr/bin/git"))
+    packages = "usr/lib/python3/dist-packages"
+    with tarfile.open(path, "a", dereference=True) as tar:
+        for name in sorted(_needed("flowagent")):
+            distribution = metadata.distribution(name)
+            for file in distribution.files or ():
+                if ".." not in file.parts and "__pycache__" not in file.parts:
+                    tar.add(str(distribution.locate_file(file)), f"{packages}/{file}", recursive=False)
+        for package in (flowagent, flowagent_backends):
+            directory = Path(package.__path__[0])
+            for source in directory.rglob("*.py"):
+                tar.add(source, f"{packages}/{source.relative_to(directory.parent)}")
+        entry = tarfile.TarInfo("usr/bin/flowagent")
+        text = b"#!/usr/bin/python3\nimport sys\nfrom flowagent.cli import main\nsys.exit(main())\n"
+        entry.size, entry.mode = len(text), 0o755
+        tar.addfile(entry, io.BytesIO(text))
+
+
+def _needed(name: str, found: set[str] | None = None) -> set[str]:
+    """A distribution and those that it cannot do without."""
+    found = set() if found is None else found
+    if (name := canonicalize_name(name)) not in found:
+        found.add(name)
+        for text in metadata.requires(name) or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                _needed(requirement.name, found)
+    return found
 
 
 def with_old(path: Path) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
-import os
 import ssl
 import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 from tests.e2e.harness import Site
-from tests.e2e.operating import executable
 
 from flowagent.cli import reach
 from flowagent.store import open_store
@@ -68,50 +68,65 @@ def test_an_engine_that_does_not_answer(site: Site) -> None:
     assert found["level"] == "failed" and "unix:///nowhere.sock" in found["detail"]
 
 
-def test_a_cluster_by_kubectl(site: Site, tmp_path: Path) -> None:
-    config = tmp_path / "kubeconfig"
-    config.write_text("")
-    program = executable(tmp_path / "bin" / "kubectl", "#!/bin/sh\necho ok\n")
-    env = {"KUBECONFIG": str(config), "PATH": f"{program.parent}:{os.environ['PATH']}"}
-    assert finding(site, "kubernetes", **env)["detail"] == f"the cluster of {config} is ready"
-    program.write_text("#!/bin/sh\necho 'Unable to connect' >&2; exit 1\n")
-    found = finding(site, "kubernetes", **env)
-    assert found["level"] == "note" and "Unable to connect" in found["detail"]
-
-
 class Api(BaseHTTPRequestHandler):
+    """A cluster in which one may do everything but delete secrets."""
+
     def do_GET(self) -> None:
-        right = self.path == "/readyz" and self.headers["Authorization"] == "Bearer t0ken"
-        self.send_response(200 if right else 403)
+        self.answer({"gitVersion": "v1.30.1"})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["spec"]["resourceAttributes"]
+        self.answer({"status": {"allowed": (asked["verb"], asked["resource"]) != ("delete", "secrets")}})
+
+    def answer(self, body: dict[str, object]) -> None:
+        right = self.headers["Authorization"] == "Bearer t0ken"
+        content = json.dumps(body if right else {"message": "Unauthorized"}).encode()
+        self.send_response(200 if right else 401)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
 
 
-@pytest.mark.anyio
-async def test_a_cluster_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster(site: Site, tmp_path: Path) -> None:
     authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.crt"))
-    (tmp_path / "token").write_text("t0ken\n")
-    monkeypatch.setattr(reach, "SERVICE_ACCOUNT", tmp_path)
     server = HTTPServer(("127.0.0.1", 0), Api)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    environ = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(server.server_port)}
-    settings = None
+    url = f"https://127.0.0.1:{server.server_port}"
+    config = tmp_path / "kubeconfig"
+    trusted = base64.b64encode(authority.cert_pem.bytes()).decode()
+    known: dict[str, Any] = {
+        "clusters": [{"name": "c", "cluster": {"server": url, "certificate-authority-data": trusted}}],
+        "users": [{"name": "u", "user": {"token": "t0ken"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": "flows"}}],
+        "current-context": "x",
+    }
+    config.write_text(json.dumps(known))
+    env = {"KUBECONFIG": str(config)}
     try:
-        assert (await reach.kubernetes(settings, environ)).level == "ok"  # type: ignore[arg-type]
-        (tmp_path / "token").write_text("another")
-        found = await reach.kubernetes(settings, environ)  # type: ignore[arg-type]
-        assert found.level == "note" and "answered 403" in found.detail
+        found = finding(site, "kubernetes", **env)
+        assert found["detail"] == f"v1.30.1 at {url}, namespace flows: an agent may not delete secrets"
+        assert found["level"] == "note" and "kubernetes manifest" in found["remedy"]
+        found = finding(site, "kubernetes", code=1, FLOWAGENT_RUNNER="kubernetes", **env)
+        assert found["level"] == "failed"
+        known["users"][0]["user"]["token"] = "another"
+        config.write_text(json.dumps(known))
+        assert finding(site, "kubernetes", **env)["detail"] == "Unauthorized"
+        config.write_text("a: [")
+        assert f"{config} cannot be used" in finding(site, "kubernetes", **env)["detail"]
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+    known["users"][0]["user"]["token"] = "t0ken"
+    config.write_text(json.dumps(known))
+    assert f"{url} cannot be reached" in finding(site, "kubernetes", **env)["detail"]
 
 
 @pytest.mark.anyio

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flowagent import ground
 from flowagent.runtime.container import boot_id
 from flowagent.runtime.events import Event, Parser, Text
 from flowagent.runtime.limits import Limits
@@ -47,10 +49,14 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def execute(spec: str, given: str = "", **options: Any) -> tuple[int, str, list[dict[str, Any]]]:
+EXECUTE = (sys.executable, "-m", "flowagent", "execute", "--spec")
+
+
+def execute(
+    spec: str, given: str = "", command: Sequence[str] = EXECUTE
+) -> tuple[int, str, list[dict[str, Any]]]:
     """The exit code, the text and the events."""
-    command = [sys.executable, "-m", "flowagent", "execute", "--spec", spec]
-    done = subprocess.run(command, input=given.encode(), stdout=subprocess.PIPE, timeout=60, **options)
+    done = subprocess.run([*command, spec], input=given.encode(), stdout=subprocess.PIPE, timeout=60)
     items = list(Parser().feed(done.stdout))
     text = b"".join(item.data for item in items if isinstance(item, Text)).decode()
     return done.returncode, text, [item.data for item in items if isinstance(item, Event)]
@@ -62,10 +68,26 @@ def test_a_brief_in_a_file(script: Path, tmp_path: Path, home: Path) -> None:
     code, text, events = execute(str(spec))
     assert (code, text) == (0, "here red once.py\n"), events
     kinds = [event["event"] for event in events if event["event"] != "task"]
-    assert kinds == ["container.began", "resolved", "container.began", "loaded", "container.ended"]
+    assert kinds[:2] == ["container.began", "resolved"]
+    assert kinds[2:] == ["container.began", "loaded", "container.at", "container.ended"]
     assert events[1]["revision"].startswith("sha256:")
+    assert events[-2]["output"] > len(text)
     status = events[-1]["status"]
     assert status["exit_code"] == 0 and status["outcome"]["state"] == "completed"
+
+
+@pytest.mark.parametrize("without_flowagent", [False, True])
+def test_a_flow_that_is_there_already(
+    script: Path, tmp_path: Path, home: Path, without_flowagent: bool
+) -> None:
+    given = brief(script, storage=None, deadline=0, boot_id="of another machine")
+    given["spec"]["source"] = {"kind": "script", "directory": str(script.parent), "path": script.name}
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(given))
+    inside = (sys.executable, str(ground.lay_out(tmp_path / "ground") / ground.ENTRY), "--container")
+    code, text, events = execute(str(spec), command=inside if without_flowagent else EXECUTE)
+    assert (code, text) == (0, "here red once.py\n"), events
+    assert events[-1]["status"]["outcome"]["state"] == "completed"
 
 
 def test_what_follows_a_brief_reaches_the_supervisor(script: Path, home: Path) -> None:

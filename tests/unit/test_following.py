@@ -69,6 +69,85 @@ def test_output_comes_back_as_it_was_across_any_interruption(tmp_path: Path) -> 
         assert output(run) == b"".join(parts)
 
 
+@pytest.fixture(scope="module")
+def long_log(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """Output of several marks, and the log that the relay makes of it."""
+    path = tmp_path_factory.mktemp("log")
+    generator = random.Random(5)
+    lines = (
+        b"%d %s\n" % (i, generator.choice((b"x" * 90, "\u00fc".encode() * 40, b"\xff")))
+        for i in range(60_000)
+    )
+    data = b"".join(lines)
+    (path / "output").write_bytes(data)
+    with open(path / "log", "wb") as file:
+        relay.note(file.fileno(), relay.BEGAN, boot_id="boot")
+        copier = relay.Relay(str(path / "output"), file.fileno())
+        copier.start()
+        copier.finish(30)
+        relay.note(file.fileno(), relay.ENDED, status={})
+    log = (path / "log").read_bytes()
+    assert log.count(b'"container.at"') >= 3
+    return data, log
+
+
+def take(run: RunDirectory, log: bytes, *, close: bool = True) -> None:
+    follower = Follower(run, Limits(), "boot")
+    for start in range(0, len(log), 50_000):
+        follower.feed(log[start : start + 50_000])
+    if close:
+        follower.close()
+
+
+def test_a_log_that_lost_its_beginning_goes_on_where_it_was(
+    tmp_path: Path, long_log: tuple[bytes, bytes]
+) -> None:
+    data, log = long_log
+    for number, (read, gone) in enumerate([(2.5, 0.3), (2.5, 1.7), (2.5, 2.4), (1.2, 1.1), (3.9, 3.8)]):
+        run = directory(tmp_path / str(number))
+        take(run, log[: int(read * (1 << 20))], close=False)
+        cut = log.index(b"\n", int(gone * (1 << 20))) + 1
+        take(run, log[cut:])
+        take(run, log[log.index(b"\n", cut + 200_000) + 1 :])
+        assert output(run) == data
+
+
+def test_what_a_log_has_lost_is_said(tmp_path: Path, long_log: tuple[bytes, bytes]) -> None:
+    data, log = long_log
+    run = directory(tmp_path)
+    take(run, log[: 1 << 20], close=False)
+    known = run.output_size()
+    rest = log[log.index(b"\n", 5 << 19) + 1 :]
+    take(run, rest)
+    line, _, after = output(run)[known:].partition(b"\n")
+    assert b" bytes of output are lost: the log of the container was rotated" in line
+    assert data.endswith(after) and len(after) > 1 << 20
+    lost = int(line.split(b'"message":"')[1].split()[0])
+    assert known + lost + len(after) == len(data)
+    before = output(run)
+    for again in (rest, log, rest[rest.index(b"\n", 500_000) + 1 :]):
+        take(run, again)
+        assert output(run) == before
+
+
+def test_what_the_agent_told_first_is_not_of_the_log(tmp_path: Path, long_log: tuple[bytes, bytes]) -> None:
+    data, log = long_log
+    run = directory(tmp_path)
+    run.note({"told": 6})
+    Path(run.output_path).write_bytes(b"hello\n")
+    take(run, log[: 3 << 20], close=False)
+    take(run, log[log.index(b"\n", 2 << 20) + 1 :])
+    assert output(run) == b"hello\n" + data
+
+
+def test_marks_that_a_flow_makes_up_cost_only_its_own_output(tmp_path: Path) -> None:
+    run = directory(tmp_path)
+    forged = [encode({"event": relay.AT, "output": number}) for number in (1 << 50, -1, 7, 1 << 60)]
+    take(run, encode({"event": relay.BEGAN}) + b"one\n" + b"".join(forged * 500) + b"two\n")
+    assert output(run).startswith(b"one\n") and run.output_size() < 20_000
+    assert len(Path(run.status_path).read_bytes()) < 50_000
+
+
 def test_files_come_once_and_only_by_harmless_names(tmp_path: Path) -> None:
     run = directory(tmp_path)
     log = b""

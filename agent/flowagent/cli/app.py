@@ -36,6 +36,7 @@ COMMANDS = {
     "config": ("config", "See the settings, and where each comes from."),
     "doctor": ("doctor", "Check what flowagent needs on this machine."),
     "docker": ("docker", "Start an agent that runs flows in Docker containers."),
+    "kubernetes": ("kubernetes", "Start an agent that runs flows in pods, or print its manifest."),
     "execute": ("execute", "Run one flow here: what agents start in containers."),
     "systemd": ("systemd", "Have systemd run agents on this machine."),
     "completion": ("completion", "Print the completion script of a shell."),

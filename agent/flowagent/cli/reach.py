@@ -18,6 +18,7 @@ from flowagent.cli.doctor import Finding
 from flowagent.errors import FlowagentError
 
 if TYPE_CHECKING:
+    from flowagent.kubernetes import Cluster
     from flowagent.settings import Settings
     from flowagent.store.protocol import Store
 
@@ -27,7 +28,6 @@ SHORT = 10.0
 MOST_SKEW = 2.0
 """Seconds by which clocks may differ before it shows in when runs are due."""
 SECRET = "DOCTOR_REPOSITORY"  # noqa: S105 - the name of one
-SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 async def git(settings: Settings) -> Finding:
@@ -134,58 +134,53 @@ async def docker(settings: Settings) -> Finding:
 
 
 async def kubernetes(settings: Settings, environ: Mapping[str, str] = os.environ) -> Finding:
-    host = environ.get("KUBERNETES_SERVICE_HOST")
-    if host:
-        return await _in_cluster(f"{host}:{environ.get('KUBERNETES_SERVICE_PORT', '443')}")
-    file = _kubeconfig(environ)
-    if file is None:
+    """Whether the cluster answers, and whether all is allowed there that an agent does."""
+    from flowagent.kubernetes import client
+
+    needed = settings.runner == "kubernetes"
+    bad = "failed" if needed else "note"
+    if not (needed or environ.get("KUBERNETES_SERVICE_HOST") or client.kubeconfig(environ)):
         why = "neither in a cluster nor with a kubeconfig: only runs in pods need it"
         return Finding("kubernetes", "note", why)
-    program = shutil.which("kubectl")
-    if program is None:
-        return Finding("kubernetes", "note", "a kubeconfig, but no kubectl to try it with", "install kubectl")
-    said = await _output([program, "get", "--raw", "/readyz", f"--request-timeout={SHORT:g}s"])
-    if said != "ok":
-        return Finding(
-            "kubernetes", "note", f"the cluster of {file} is not ready: {said}", "kubectl cluster-info"
-        )
-    return Finding("kubernetes", "ok", f"the cluster of {file} is ready")
-
-
-def _kubeconfig(environ: Mapping[str, str]) -> str | None:
-    files = environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
-    return next((file for file in files.split(os.pathsep) if file and os.path.exists(file)), None)
-
-
-async def _in_cluster(address: str) -> Finding:
-    import ssl
-
-    from flowagent import http
-
     try:
-        token = (SERVICE_ACCOUNT / "token").read_text().strip()
-        trusted = ssl.create_default_context(cafile=str(SERVICE_ACCOUNT / "ca.crt"))
-    except OSError as error:
-        why = f"in a cluster, but without its service account: {error.strerror}"
-        return Finding("kubernetes", "note", why, "set automountServiceAccountToken: true")
-    async with http.client(timeout=SHORT, verify=trusted) as client:
-        request = http.Request(
-            what="Kubernetes",
-            method="GET",
-            url=f"https://{address}/readyz",
-            headers={"Authorization": f"Bearer {token}"},
-            deadline=SHORT,
-            attempts=1,
-        )
+        cluster = client.Cluster(settings.namespace, settings.context, environ)
         try:
-            status = (await http.send(client, request)).status_code
-        except FlowagentError as error:
-            return Finding("kubernetes", "note", str(error), "check the pod's network policy")
-    if status != 200:
-        return Finding(
-            "kubernetes", "note", f"the cluster's API answered {status}", "check the service account"
-        )
-    return Finding("kubernetes", "ok", f"in the cluster of {address}, which is ready")
+            with anyio.fail_after(SHORT):
+                version = await cluster.call("GET", "/version")
+                missing = await _missing_rights(cluster)
+        finally:
+            await cluster.close()
+    except TimeoutError:
+        return Finding("kubernetes", bad, f"no answer within {SHORT:g} s", "check the network")
+    except FlowagentError as error:
+        return Finding("kubernetes", bad, str(error))
+    where = f"{version.get('gitVersion')} at {cluster.url}, namespace {cluster.namespace}"
+    if missing:
+        why = f"{where}: an agent may not {', '.join(missing)}"
+        return Finding("kubernetes", bad, why, "flowagent kubernetes manifest | kubectl apply -f -")
+    return Finding("kubernetes", "ok", where)
+
+
+async def _missing_rights(cluster: Cluster) -> list[str]:
+    """Of what an agent does in its namespace, what is not allowed there, such as ``"create jobs"``."""
+    from flowagent.kubernetes.manifest import RIGHTS
+
+    missing = []
+    for right in RIGHTS:
+        resource, _, part = right.resource.partition("/")
+        asked = {"namespace": cluster.namespace, "group": right.group, "resource": resource}
+        for verb in right.verbs:
+            review = {
+                "apiVersion": "authorization.k8s.io/v1",
+                "kind": "SelfSubjectAccessReview",
+                "spec": {"resourceAttributes": {**asked, "subresource": part, "verb": verb}},
+            }
+            answer = await cluster.call(
+                "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=review
+            )
+            if not (answer.get("status") or {}).get("allowed"):
+                missing.append(f"{verb} {right.resource}")
+    return missing
 
 
 async def clock(store: Store, now: Callable[[], float] = time.time) -> Finding:

@@ -11,11 +11,11 @@ import click
 from flowagent.cli.session import Command, Session, pass_session
 from flowagent.cli.values import duration, pair
 
-CONTAINER_LISTS = ("volumes", "networks", "registry_allow", "allow_host_config")
+CONTAINER_LISTS = ("volumes", "networks", "registry_allow", "allow_host_config", "image_pull_secrets")
 
 
 def container_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of agents that run flows in containers."""
+    """The options of agents that run flows in containers and pods."""
     options = [
         click.option("--image", metavar="IMAGE", help="For runs that name none. [python:3.x-slim]"),
         click.option(
@@ -45,7 +45,23 @@ def container_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="KEY",
             help="What flows may set in their host_config besides harmless keys. Repeatable.",
         ),
-        click.option("--keep", type=click.Choice(["none", "failed"]), help="Containers to keep. [none]"),
+        click.option(
+            "--keep", type=click.Choice(["none", "failed"]), help="Containers or jobs to keep. [none]"
+        ),
+        click.option("--context", metavar="NAME", help="Of the kubeconfig. [the current one]"),
+        click.option("--namespace", metavar="NAME", help="Where jobs are made. [the context's]"),
+        click.option("--job-template", metavar="FILE", help="What jobs are made from, in YAML or JSON."),
+        click.option(
+            "--service-account-name", "service_account", metavar="NAME", help="For runs that name none."
+        ),
+        click.option(
+            "--image-pull-secret",
+            "image_pull_secrets",
+            multiple=True,
+            metavar="NAME",
+            help="For runs that name none. Repeatable.",
+        ),
+        click.option("--start-timeout", type=duration, help="How long a pod may take to start. [5m]"),
     ]
     for option in reversed(options):
         command = option(command)
@@ -59,7 +75,9 @@ def container_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--name", metavar="NAME", help="The agent's name. [the host's]")
 @click.option("--limit", type=click.IntRange(min=1), help="Runs at the same time. [twice the CPUs]")
 @click.option(
-    "--runner", type=click.Choice(["process", "docker"]), help="What runs are executed in. [process]"
+    "--runner",
+    type=click.Choice(["process", "docker", "kubernetes"]),
+    help="What runs are executed in. [process]",
 )
 @click.option("--once", is_flag=True, help="Execute what is due now, then end.")
 @click.option(
@@ -150,6 +168,22 @@ def start(session: Session, /, once: bool, **flags: Any) -> int:
         return await Service(lambda: session.settings(**_as_settings(flags)), once).run()
 
     return anyio.run(serve)
+
+
+def for_runner(runner: str, where: str) -> Command:
+    """The same command for one runner, in the group of its name. ``where``: what it runs flows in."""
+
+    def callback(**options: Any) -> int:
+        assert start.callback is not None
+        ended: int = start.callback(runner=runner, **options)
+        return ended
+
+    return Command(
+        "start",
+        callback=callback,
+        params=[option for option in start.params if option.name != "runner"],
+        help=f"Start an agent that runs flows in {where}: start --runner {runner}.",
+    )
 
 
 def _as_settings(flags: dict[str, Any]) -> dict[str, Any]:

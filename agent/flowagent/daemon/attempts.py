@@ -240,7 +240,8 @@ class Attempt:
     async def _resolve(self) -> Revision:
         """What would run now; where the run is to find that out, only that it is."""
         storage = self._spec.storage
-        if self._services.runner.resolves(self._spec.run_config):
+        in_image = bool(storage.get("runners"))  # which can be told without asking anybody
+        if self._services.runner.resolves(self._spec.run_config) and not in_image:
             return Revision(UNRESOLVED, Entry("storage"))
         return await self._services.backends.get(storage["type"]).resolve(storage)
 

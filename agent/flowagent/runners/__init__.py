@@ -1,4 +1,7 @@
-"""How an attempt is executed. ``process``: forked by a launcher here; ``docker``: in a container."""
+"""How an attempt is executed.
+
+``process``: forked by a launcher here; ``docker``: in a container; ``kubernetes``: in a pod.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,10 @@ def make_runner(settings: Settings, directory: Path) -> Runner:
         from flowagent.runners.docker import DockerRunner
 
         return DockerRunner(settings, directory)
+    if settings.runner == "kubernetes":
+        from flowagent.runners.kubernetes import KubernetesRunner
+
+        return KubernetesRunner(settings, directory)
     from flowagent.runners.confinement import Confinement
     from flowagent.runners.process import ProcessRunner
 

@@ -28,6 +28,8 @@ from flowagent.runtime.supervisor import WATCHED, supervise
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 FIRST_LEASE = 60.0
 """Seconds to wait for a lease in the time of this machine, where the agent's is another one."""
+UNATTENDED = 10 * 365 * 86400.0
+"""Seconds that an attempt may live whose brief is a file: whoever started the container ends it."""
 LAST_WORDS = 60.0
 """Seconds that the log may take to take in what is left of the output."""
 EXIT_UNUSABLE = 70
@@ -64,11 +66,15 @@ def boot_id() -> str:
 
 def main() -> NoReturn:
     """Run the attempt that comes on standard input, then end the container. With an argument, its brief comes
-    from that descriptor, from one who has fetched the source."""
+    from that descriptor, from one who has fetched the source; or from that file, and nobody speaks to us."""
     try:
         if len(sys.argv) > BRIEF_ARGUMENT:
-            with open(int(sys.argv[BRIEF_ARGUMENT]), "rb") as file:
-                os._exit(_serve(json.load(file), sys.stdin.buffer))
+            named = sys.argv[BRIEF_ARGUMENT]
+            with open(int(named) if named.isdigit() else named, "rb") as file:
+                brief = json.load(file)
+            if not named.isdigit():
+                brief |= {"deadline": boottime() + UNATTENDED, "boot_id": boot_id()}
+            os._exit(_serve(brief, sys.stdin.buffer))
         os._exit(_serve(json.loads(sys.stdin.buffer.readline()), sys.stdin.buffer))
     except (OSError, ValueError, LookupError) as error:
         sys.stderr.write(f"the container cannot be used: {error}\n")

@@ -11,14 +11,18 @@ from __future__ import annotations
 import base64
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from flowagent.runtime.events import Emitter, encode
 
 PREFIX = "container."
-BYTES, FILE, BEGAN, ENDED = (PREFIX + kind for kind in ("bytes", "file", "began", "ended"))
-"""Kinds of events: output that is no text, a piece of a file, the supervisor's first and last words."""
+BYTES, FILE, AT, BEGAN, ENDED = (PREFIX + kind for kind in ("bytes", "file", "at", "began", "ended"))
+"""Kinds of events: output that is no text, a piece of a file, how many bytes of output came before, the
+supervisor's first and last words."""
+MARK_EVERY, MARK_AFTER = 1 << 20, 30.0
+"""Bytes of output, and seconds, between marks of where it is: rotated logs have lost their beginning."""
 LONGEST_LINE = 16_000
 """Bytes; less than at what engines cut."""
 PIECE = 64 * 1024
@@ -82,7 +86,8 @@ class Relay(threading.Thread):
         self._path = path
         self._target = target
         self._encoder = Encoder()
-        self._position = 0
+        self._position = self._marked = 0
+        self._marked_at = time.monotonic()
         self._complete = threading.Event()
 
     def run(self) -> None:
@@ -92,6 +97,7 @@ class Relay(threading.Thread):
             if self._copy():
                 pause = SHORTEST
             elif last:
+                self._mark()
                 return
             else:
                 self._complete.wait(pause)
@@ -113,7 +119,16 @@ class Relay(threading.Thread):
             os.close(fd)
         self._position += len(data)
         write(self._target, self._encoder.feed(data))
+        long_ago = time.monotonic() - self._marked_at > MARK_AFTER
+        if self._position - self._marked >= MARK_EVERY or long_ago:
+            self._mark()
         return bool(data)
+
+    def _mark(self) -> None:
+        self._marked_at = time.monotonic()
+        if self._position != self._marked:
+            self._marked = self._position
+            note(self._target, AT, output=self._position)
 
 
 def write(fd: int, data: bytes) -> None:

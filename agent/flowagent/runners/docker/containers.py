@@ -8,6 +8,7 @@ from typing import Any
 
 from flowagent.errors import SandboxError, SettingsError
 from flowagent.models import Json
+from flowagent.runners.contained import limits_of
 from flowagent.runners.docker.volumes import Volume
 from flowagent.runtime.limits import Limits
 from flowagent.settings import Settings
@@ -25,11 +26,6 @@ HARMLESS = frozenset(
 """Keys of a host config that a flow may set: none of them reaches beyond its container."""
 AT_MOST = {"Memory": "memory", "PidsLimit": "processes"}
 """Keys that are limits of the agent's, which a flow can only lower."""
-
-
-def limits_of(settings: Settings) -> Limits:
-    """What every run may use at the most."""
-    return Limits().tightened({name: most for name, most in settings.max.items() if most is not None})
 
 
 class Rules:

@@ -19,22 +19,20 @@ from typing import Any
 import anyio
 
 from flowagent.docker import Engine, EngineError, images, parse
-from flowagent.errors import LauncherError, SandboxError, UsageError
+from flowagent.errors import LauncherError
 from flowagent.models import Json
+from flowagent.runners.contained import EXECUTE, IMAGE_ID, brief, check_image, furnish, limits_of
 from flowagent.runners.docker import packing
-from flowagent.runners.docker.containers import Rules, limits_of
+from flowagent.runners.docker.containers import Rules
 from flowagent.runners.docker.conversation import AGAIN, Conversation
 from flowagent.runners.docker.grounds import Grounds, start
 from flowagent.runners.protocol import Order
 from flowagent.runtime.container import boot_id
 from flowagent.runtime.rundir import RunDirectory
+from flowagent.runtime.sandbox import CONTAINER
 from flowagent.settings import Settings
 
 PYTHON = "python3"
-EXECUTE = ["flowagent", "execute", "--spec", "-"]
-"""What runs a flow in an image that has flowagent."""
-IMAGE_ID = "sha256:"
-"""How the id of an image begins that has no name in any registry."""
 KEPT = "-kept"
 """At the end of the name of a container that is kept."""
 
@@ -45,7 +43,7 @@ class DockerRunner:
     :raises SettingsError: the settings name something that cannot be."""
 
     name = "docker"
-    floor = "container"
+    floor = CONTAINER
     gaps: Sequence[str] = ()
 
     def __init__(self, settings: Settings, directory: Path) -> None:
@@ -97,31 +95,29 @@ class DockerRunner:
     def admit(self, config: Mapping[str, Json]) -> dict[str, Json]:
         """:raises SandboxError: the flow asks for what this agent does not allow."""
         self._rules.check(config)
-        self._allowed_image(config.get("image"))
+        check_image(config.get("image"), self._settings.registry_allow)
         return {"sandbox": self.floor, "grants": {}}
 
     def resolves(self, config: Mapping[str, Json]) -> bool:
         """As the run config says."""
         return config.get("resolve") == "container"
 
+    def _resolves(self, order: Order) -> bool:
+        return order.image is None and self.resolves(order.config)
+
     def furnish(self, order: Order, plan: Mapping[str, Json]) -> dict[str, Json]:
-        """Where it runs, only the container knows; paths of this machine are of no use there."""
-        return {
-            **plan,
-            "source": {**plan["source"], "directory": str(order.origin)},
-            "import_paths": [],
-            "working_dir": None,
-        }
+        """Without paths of this machine."""
+        return furnish(order, plan)
 
     async def make_ready(self, order: Order) -> None:
         """Pull the image, see that it can run flows, and create the container.
 
         :raises FlowagentError: one of these fails."""
-        self._allowed_image(order.image)
+        check_image(order.image, self._settings.registry_allow)
         name = order.image or order.config.get("image") or self._default_image
         image = await self._image(name)
-        command, ground = EXECUTE, None
-        if not self.resolves(order.config):
+        command, ground = [*EXECUTE, "-"], None
+        if not self._resolves(order):
             python = order.config.get("python") or PYTHON
             ground = await self._grounds.volume(image, python, name)
             command = self._grounds.command(python, "--container")
@@ -145,26 +141,6 @@ class DockerRunner:
     @property
     def _default_image(self) -> str:
         return self._settings.image or f"python:{sys.version_info[0]}.{sys.version_info[1]}-slim"
-
-    def _allowed_image(self, image: str | None) -> None:
-        """:raises SandboxError: an image is named that may not be used."""
-        allowed = self._settings.registry_allow
-        if image is None or allowed is None:
-            return
-        if image.startswith(IMAGE_ID):
-            raise SandboxError(
-                f"the flow's image {image[:19]} is from no registry, and this agent allows only "
-                f"{', '.join(allowed)}; register it with registry_url="
-            )
-        try:
-            good = parse(image).allowed(allowed)
-        except UsageError as error:
-            raise SandboxError(str(error)) from None
-        if not good:
-            raise SandboxError(
-                f"image {image} is from a registry that this agent does not allow; allowed: "
-                f"{', '.join(allowed)}"
-            )
 
     async def _image(self, name: str) -> str:
         """The id of an image, pulled if need be. :raises FlowagentError: it cannot be had."""
@@ -197,25 +173,15 @@ class DockerRunner:
         noted = order.run.status()
         await start(self._engine, conversation.container, noted.get("program", ""), noted.get("image", ""))
         limits = self._rules.limits_of(order.config)
-        brief: dict[str, Any] = {
-            "spec": order.run.read_spec(),
-            "storage": order.storage if self.resolves(order.config) else None,
-            "files": None,
-            "secrets": dict(order.values),
-            # memory and processes are limited by the engine
-            "limits": limits._replace(memory=None, processes=None)._asdict(),
-            "grace": order.grace,
-            "deadline": order.run.read_lease(),
-            "boot_id": self._boot_id,
-        }
+        told = brief(order, limits, self._boot_id, resolves=self._resolves(order))
         if (source := order.source) is None:
-            await channel.send(json.dumps(brief).encode() + b"\n")
+            await channel.send(json.dumps(told).encode() + b"\n")
             return conversation.container
         in_place = order.lease_fd is None and source == order.origin
         files = await anyio.to_thread.run_sync(
             lambda: packing.listed(source, self._settings.max_source, in_place=in_place)
         )
-        head = json.dumps({**brief, "files": files}).encode() + b"\n"
+        head = json.dumps({**told, "files": files}).encode() + b"\n"
         await self._engine.feed(conversation.container, channel, packing.stream(head, source, files))
         return conversation.container
 

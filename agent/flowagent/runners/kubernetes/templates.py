@@ -1,0 +1,185 @@
+"""Job templates: read, checked, and laid over one another.
+
+A template is a part of a Job as ``kubectl`` takes it. Tables are merged; so are lists of things with names
+(containers, volumes, variables), by name; everything else is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flowagent import http
+from flowagent.errors import FlowagentError, SandboxError, SettingsError, one_line
+
+MOST = 1 << 20
+"""Bytes of a template: more than any object in a cluster may have."""
+DEEPEST = 40
+KEYS = {"volumeMounts": "mountPath", "ports": "containerPort", "tolerations": "key", "hostAliases": "ip"}
+"""By which key entries of lists are the same, where that is not their name."""
+RIGHTS = ("privileged", "allowPrivilegeEscalation", "procMount")
+HOST_FLAGS = ("hostNetwork", "hostPID", "hostIPC", "nodeName")
+
+
+class TemplateError(FlowagentError):
+    """A job template cannot be used; another try does not help."""
+
+    retryable = False
+
+
+def parse(text: str | bytes, where: str) -> dict[str, Any]:
+    """A template in YAML or JSON. ``where`` begins the error, which repeats nothing of the text.
+
+    :raises TemplateError: it is none."""
+    import yaml
+
+    if len(text) > MOST:
+        raise TemplateError(f"{where}: a job template has at most {MOST} bytes")
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        place = f", line {line + 1}" if isinstance(line, int) else ""
+        raise TemplateError(f"{where}{place}: this is not YAML; correct it") from None
+    return checked(found, where)
+
+
+def checked(template: Any, where: str) -> dict[str, Any]:
+    """:raises TemplateError: what was given is no template of a Job."""
+    if not isinstance(template, dict):
+        raise TemplateError(f"{where}: a job template is a table with kind: Job and its spec")
+    kind = template.get("kind", "Job"), template.get("apiVersion", "batch/v1")
+    if kind != ("Job", "batch/v1"):
+        raise TemplateError(f"{where}: it is a {kind[0]} of {kind[1]}; give a Job of batch/v1")
+    _check_shape(template, where)
+    return template
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The agent's own template. :raises SettingsError: it cannot be read, or is none."""
+    try:
+        return parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise SettingsError(f"job template {path} cannot be read: {error.strerror}") from error
+    except TemplateError as error:
+        raise SettingsError(f"job template {error}") from error
+
+
+async def fetch(url: str) -> dict[str, Any]:
+    """A template from the web. :raises FlowagentError: it cannot be had, or is none."""
+    if not url.startswith(("http://", "https://")):
+        raise TemplateError(
+            f"job template {http.shown(url)}: only http and https can be read from here; "
+            "give it as job_template="
+        )
+    async with http.client() as client:
+        request = http.Request(what="job template", method="GET", url=url, limit=MOST)
+        response = await http.send(client, request)
+    if response.status_code != 200:
+        raise TemplateError(f"job template {http.shown(url)}: the server answers {response.status_code}")
+    return parse(response.content, f"job template {http.shown(url)}")
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``; both stay as they are."""
+    found = dict(below)
+    for key, value in above.items():
+        known = found.get(key)
+        if isinstance(known, Mapping) and isinstance(value, Mapping):
+            found[key] = merged(known, value)
+        elif isinstance(known, list) and isinstance(value, list):
+            found[key] = _merged_lists(known, value, KEYS.get(key, "name"))
+        else:
+            found[key] = value
+    return found
+
+
+def _merged_lists(below: list[Any], above: list[Any], by: str) -> list[Any]:
+    entries = [*below, *above]
+    if not all(isinstance(entry, Mapping) and isinstance(entry.get(by), (str, int)) for entry in entries):
+        return above
+    found = {entry[by]: entry for entry in below}
+    for entry in above:
+        found[entry[by]] = merged(found.get(entry[by], {}), entry)
+    return list(found.values())
+
+
+def check_harmless(template: Mapping[str, Any], where: str) -> None:
+    """Templates of flows stay within their pods; what reaches the node is for the agent's to say.
+
+    :raises SandboxError: this one does not."""
+    for what in _reaching(template):
+        raise SandboxError(
+            f"{where} asks for {what}, which reaches beyond its pod; "
+            "an agent can allow it in a template of its own: --job-template FILE"
+        )
+
+
+def _reaching(template: Mapping[str, Any]) -> Iterator[str]:
+    pod = pod_spec(template)
+    yield from (flag for flag in HOST_FLAGS if pod.get(flag))
+    for volume in pod.get("volumes") or ():
+        for kind in ("hostPath", "csi", "flexVolume"):
+            if volume.get(kind) is not None:
+                yield f"volume {one_line(str(volume.get('name')), 60)} of kind {kind}"
+    if (pod.get("securityContext") or {}).get("sysctls"):
+        yield "sysctls"
+    for container in containers(pod):
+        rights = container.get("securityContext") or {}
+        yield from (flag for flag in RIGHTS if rights.get(flag))
+        if (rights.get("capabilities") or {}).get("add"):
+            yield "capabilities"
+        if container.get("volumeDevices"):
+            yield "volumeDevices"
+        if any(port.get("hostPort") for port in container.get("ports") or ()):
+            yield "hostPort"
+
+
+def pod_spec(template: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a template that is about its pod."""
+    found: dict[str, Any] = ((template.get("spec") or {}).get("template") or {}).get("spec") or {}
+    return found
+
+
+def containers(pod: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All that run in a pod, at whatever time."""
+    kinds = ("initContainers", "containers", "ephemeralContainers")
+    return [container for kind in kinds for container in pod.get(kind) or ()]
+
+
+TABLES = frozenset(
+    {"metadata", "spec", "template", "securityContext", "capabilities", "labels", "annotations", "resources"}
+)
+LISTS = frozenset(
+    {"containers", "initContainers", "ephemeralContainers", "volumes", "volumeMounts", "env", "ports"}
+)
+MOST_PARTS = 20_000
+
+
+def _check_shape(template: dict[str, Any], where: str) -> None:
+    """Only as far as this program has to walk in it; the cluster checks the rest."""
+    pending: list[tuple[Any, int]] = [(template, 0)]
+    parts = 0
+    while pending:
+        value, depth = pending.pop()
+        parts += 1  # what an anchor repeats counts each time
+        if depth > DEEPEST or parts > MOST_PARTS:
+            raise TemplateError(f"{where}: it is nested too deeply, or too long")
+        if isinstance(value, list):
+            pending += [(each, depth + 1) for each in value]
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                _check_field(key, inner, where)
+                pending.append((inner, depth + 1))
+
+
+def _check_field(key: Any, value: Any, where: str) -> None:
+    if not isinstance(key, str):
+        raise TemplateError(f"{where}: {one_line(repr(key), 40)} is no name of a field")
+    if value is None:
+        return
+    if key in TABLES and not isinstance(value, dict):
+        raise TemplateError(f"{where}: {key} takes a table")
+    if key in LISTS and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+        raise TemplateError(f"{where}: {key} takes a list of tables")

@@ -1,0 +1,388 @@
+"""What jobs are made of, and what is read out of a cluster: without one."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from flowagent.errors import FlowagentError, SandboxError, SettingsError
+from flowagent.kubernetes.manifest import manifest
+from flowagent.run_configs import KubernetesRun
+from flowagent.runners.kubernetes import jobs, symptoms, templates
+from flowagent.settings import Settings
+
+SSH_KEYS = """
+apiVersion: batch/v1
+kind: Job
+spec:
+  template:
+    spec:
+      containers:
+        - name: flow
+          volumeMounts:
+            - name: ssh-key
+              readOnly: true
+              mountPath: "/root/.ssh"
+      volumes:
+        - name: ssh-key
+          secret:
+            secretName: my-ssh-key
+            optional: false
+            defaultMode: 0600
+"""
+"""As the storage documentation has it."""
+
+
+def settings(**more: Any) -> Settings:
+    return Settings(home=Path("/nowhere"), store="sqlite://", **more)
+
+
+def made(*given: dict[str, Any], config: KubernetesRun | None = None, **more: Any) -> dict[str, Any]:
+    own = settings(**more)
+    asked = (config or KubernetesRun()).to_json()
+    image = jobs.image_of(own, given, asked, None)
+    return jobs.job(
+        own,
+        given,
+        asked,
+        name="flowagent-00ff.1",
+        image=image,
+        command=("flowagent", "execute", "--spec"),
+        owner="me",
+        run_id="00ff",
+        attempt=1,
+        flow_name="A flow with a name that no label can have",
+        lasts=20,
+    )
+
+
+def flow_container(job: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = job["spec"]["template"]["spec"]["containers"][0]
+    assert found["name"] == "flow"
+    return found
+
+
+VERSIONS = ("1.25", "1.30")
+FULL = KubernetesRun(
+    job_template=SSH_KEYS,
+    image="registry.example.com/flows@sha256:" + "0" * 64,
+    env={"A": "b"},
+    cpu_limit=2,
+    cpu_request="100m",
+    memory_limit="1Gi",
+    memory_request="64Mi",
+    service_account_name="reader",
+    image_pull_secrets=["login"],
+    image_pull_policy="Always",
+)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_goes_to_a_cluster_is_valid(version: str) -> None:
+    template = templates.parse(SSH_KEYS, "here")
+    for job in (made(image="a/b:1"), made(template, config=FULL, image_pull_secrets=("a",), keep="failed")):
+        kubernetes_validate.validate(job, version, strict=True)
+        held = {"metadata": {**job["metadata"], "uid": "u"}}
+        kubernetes_validate.validate(jobs.secret("flowagent-00ff.1", {}, held), version, strict=True)
+    for each in manifest(
+        name="agent", namespace="flows", image="a:1", labels=["x"], job_image="b:1", storage="1Gi"
+    ):
+        kubernetes_validate.validate(each, version, strict=True)
+
+
+def test_arguments_go_before_templates() -> None:
+    template = templates.parse(SSH_KEYS, "here")
+    job = made(template, config=FULL)
+    pod, flow = job["spec"]["template"]["spec"], flow_container(job)
+    assert flow["image"].startswith("registry.example.com/flows@")
+    assert flow["resources"] == {
+        "limits": {"cpu": "2", "memory": "1Gi"},
+        "requests": {"cpu": "100m", "memory": "64Mi"},
+    }
+    assert (pod["serviceAccountName"], pod["automountServiceAccountToken"]) == ("reader", True)
+    assert pod["imagePullSecrets"] == [{"name": "login"}]
+    assert {volume["name"] for volume in pod["volumes"]} == {"ssh-key", jobs.VOLUME}
+    assert pod["volumes"][0]["secret"] == {
+        "secretName": "my-ssh-key",
+        "optional": False,
+        "defaultMode": 0o600,
+    }
+    assert [mount["mountPath"] for mount in flow["volumeMounts"]] == ["/root/.ssh", jobs.PLACE]
+    assert flow["command"] == ["flowagent", "execute", "--spec", f"{jobs.PLACE}/{jobs.BRIEF}"]
+
+
+def test_a_flow_s_template_goes_over_the_agent_s() -> None:
+    own = {
+        "metadata": {"labels": {"team": "data"}},
+        "spec": {
+            "ttlSecondsAfterFinished": 5,
+            "template": {
+                "spec": {
+                    "nodeSelector": {"disk": "ssd"},
+                    "containers": [{"name": "flow", "image": "own:1", "env": [{"name": "A", "value": "1"}]}],
+                }
+            },
+        },
+    }
+    env = [{"name": "A", "value": "2"}, {"name": "B", "value": "3"}]
+    container = {"name": "flow", "env": env}
+    asked = {"spec": {"template": {"spec": {"containers": [{"name": "sidecar", "image": "s:1"}, container]}}}}
+    job = made(own, asked)
+    pod = job["spec"]["template"]["spec"]
+    assert [each["name"] for each in pod["containers"]] == ["flow", "sidecar"]
+    assert flow_container(job)["env"] == env
+    assert flow_container(job)["image"] == "own:1"
+    assert pod["nodeSelector"] == {"disk": "ssd"}
+    assert job["spec"]["ttlSecondsAfterFinished"] == 5
+    assert job["metadata"]["labels"]["team"] == "data"
+    assert own["metadata"] == {"labels": {"team": "data"}}  # what was given stays as it was
+
+
+def test_what_no_template_changes() -> None:
+    hostile = {
+        "metadata": {"name": "mine", "namespace": "kube-system", "labels": {jobs.OWNER: "another"}},
+        "spec": {
+            "backoffLimit": 6,
+            "parallelism": 50,
+            "activeDeadlineSeconds": 10_000,
+            "template": {
+                "metadata": {"labels": {jobs.JOB: "another"}},
+                "spec": {
+                    "restartPolicy": "Always",
+                    "containers": [{"name": "flow", "command": ["sh"], "args": ["-c", "true"]}],
+                    "volumes": [{"name": jobs.VOLUME, "secret": {"secretName": "of-somebody-else"}}],
+                },
+            },
+        },
+    }
+    job = made(hostile, image="a:1")
+    spec = job["spec"]
+    assert (job["metadata"]["name"], "namespace" in job["metadata"]) == ("flowagent-00ff.1", False)
+    assert job["metadata"]["labels"][jobs.OWNER] == "me"
+    assert (spec["backoffLimit"], spec["parallelism"], spec["completions"]) == (0, 1, 1)
+    assert spec["activeDeadlineSeconds"] == 20
+    assert spec["template"]["metadata"]["labels"][jobs.JOB] == "flowagent-00ff.1"
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    assert spec["template"]["spec"]["volumes"][0]["secret"]["secretName"] == "flowagent-00ff.1"
+    assert flow_container(job)["command"][0] == "flowagent" and flow_container(job)["args"] == []
+    assert made({"spec": {"activeDeadlineSeconds": 7}}, image="a:1")["spec"]["activeDeadlineSeconds"] == 7
+
+
+def test_by_default_a_pod_may_do_nothing() -> None:
+    job = made(image="a:1")
+    pod = job["spec"]["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert flow_container(job)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_an_image_has_to_be_named() -> None:
+    with pytest.raises(SettingsError, match="no image is named for the pod"):
+        made()
+
+
+def _pod(**fields: Any) -> dict[str, Any]:
+    return {"spec": {"template": {"spec": fields}}}
+
+
+def _of_flow(**fields: Any) -> dict[str, Any]:
+    return _pod(containers=[{"name": "flow", **fields}])
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        (_pod(hostNetwork=True), "hostNetwork"),
+        (_pod(hostPID=True), "hostPID"),
+        (_pod(hostIPC=True), "hostIPC"),
+        (_pod(nodeName="n"), "nodeName"),
+        (_pod(volumes=[{"name": "v", "hostPath": {"path": "/"}}]), "hostPath"),
+        (_pod(securityContext={"sysctls": [{"name": "a", "value": "b"}]}), "sysctls"),
+        (_of_flow(securityContext={"privileged": True}), "privileged"),
+        (_of_flow(securityContext={"allowPrivilegeEscalation": True}), "allowPrivilegeEscalation"),
+        (_of_flow(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}), "capabilities"),
+        (_of_flow(ports=[{"containerPort": 80, "hostPort": 80}]), "hostPort"),
+        (_pod(initContainers=[{"name": "i", "securityContext": {"privileged": True}}]), "privileged"),
+    ],
+)  # fmt: skip
+def test_a_flow_s_template_stays_in_its_pod(template: dict[str, Any], what: str) -> None:
+    checked = templates.checked(template, "the flow's job template")
+    with pytest.raises(SandboxError, match=f"asks for .*{what}.*--job-template"):
+        templates.check_harmless(checked, "the flow's job template")
+
+
+def test_a_harmless_template() -> None:
+    templates.check_harmless(templates.parse(SSH_KEYS, "here"), "here")
+
+
+LAUGHS = "\n".join(["a0: &a0 {x: y}", *(f"a{i}: &a{i} {{x: *a{i - 1}, y: *a{i - 1}}}" for i in range(1, 30))])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "here, line 1: this is not YAML; correct it"),
+        ("secret: 'hunter2\n", "here, line 2: this is not YAML; correct it"),
+        ("- a", "here: a job template is a table"),
+        ("kind: Pod", "here: it is a Pod of batch/v1; give a Job of batch/v1"),
+        ("spec: 3", "here: spec takes a table"),
+        ("spec: {template: {spec: {containers: [3]}}}", "here: containers takes a list of tables"),
+        ("1: 2", "here: 1 is no name of a field"),
+        (LAUGHS, "here: it is nested too deeply, or too long"),
+        ("!!python/object/apply:os.system ['true']", "here, line 1: this is not YAML; correct it"),
+        ("#" * (1 << 20) + "#", "here: a job template has at most"),
+    ],
+)  # fmt: skip
+def test_templates_that_will_not_do(text: str, message: str) -> None:
+    with pytest.raises(FlowagentError) as refused:
+        templates.parse(text, "here")
+    assert str(refused.value).startswith(message), refused.value
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_brief_goes_with_its_job() -> None:
+    job = made(image="a:1")
+    job["metadata"]["uid"] = "the-uid"
+    secret = jobs.secret("flowagent-00ff.1", {"spec": {"a": "b"}}, job)
+    assert secret["metadata"]["ownerReferences"][0]["uid"] == "the-uid"
+    assert json.loads(base64.b64decode(secret["data"][jobs.BRIEF])) == {"spec": {"a": "b"}}
+    with pytest.raises(FlowagentError, match="a pod can be told 1000000"):
+        jobs.secret("flowagent-00ff.1", {"spec": "x" * 1_000_001}, job)
+
+
+# -- symptoms --------------------------------------------------------------------------------------
+
+
+def pod(state: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
+    statuses = [{"name": "flow", "image": "a:1", "state": state}] if state else []
+    return {
+        "metadata": {"name": "p", "uid": "u"},
+        "spec": {"nodeName": "n1", "containers": [{"name": "flow"}]},
+        "status": {"phase": "Pending", "containerStatuses": statuses, **status},
+    }
+
+
+def waiting(reason: str, message: str = "because") -> dict[str, Any]:
+    return pod({"waiting": {"reason": reason, "message": message}})
+
+
+UNSCHEDULABLE = [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"}]
+MOUNT = {"reason": "FailedMount", "message": 'secret "my-ssh-key" not found', "lastTimestamp": "2026"}
+
+
+@pytest.mark.parametrize(
+    ("found", "events", "reason", "passes"),
+    [
+        (waiting("ImagePullBackOff"), [], "image a:1 cannot be pulled: because", False),
+        (waiting("InvalidImageName", ""), [], "image a:1 is no name of an image", False),
+        (waiting("CreateContainerConfigError"), [], "its container cannot be configured: because", False),
+        (pod(conditions=UNSCHEDULABLE), [], "no node takes its pod: 0/1 nodes are available", True),
+        (
+            waiting("ContainerCreating"),
+            [MOUNT],
+            'its pod does not come up: secret "my-ssh-key" not found',
+            True,
+        ),
+        (
+            None,
+            [{"reason": "FailedCreate", "message": "exceeded quota"}],
+            "does not come up: exceeded quota",
+            True,
+        ),
+        (
+            pod(initContainerStatuses=[{"name": "i", "state": {"terminated": {"exitCode": 3}}}]),
+            [],
+            "its container i ended with exit code 3",
+            False,
+        ),
+    ],
+)
+def test_obstacles(found: Any, events: list[dict[str, Any]], reason: str, passes: bool) -> None:
+    obstacle = symptoms.obstacle(found, events)
+    assert obstacle is not None and reason in obstacle.reason and obstacle.passes is passes
+
+
+def test_no_obstacle() -> None:
+    assert symptoms.obstacle(waiting("ContainerCreating"), [{"reason": "Scheduled"}]) is None
+    assert symptoms.obstacle(None, []) is None
+
+
+def ended(code: int, reason: str = "Error", message: str = "") -> dict[str, Any]:
+    return pod({"terminated": {"exitCode": code, "reason": reason, "message": message}}, phase="Failed")
+
+
+JOB: dict[str, Any] = {"status": {"startTime": "2026-01-01T00:00:00Z"}}
+EXCEEDED = {"type": "Failed", "reason": "DeadlineExceeded", "lastTransitionTime": "2026-01-01T00:00:09Z"}
+
+
+@pytest.mark.parametrize(
+    ("found", "job", "noted"),
+    [
+        (ended(137, "OOMKilled"), JOB, {"ended": True, "out_of_memory": True}),
+        (
+            ended(127, "ContainerCannotRun", "no such file"),
+            JOB,
+            {"gone": "its image has no flowagent: no such file; use one that has it", "retryable": False},
+        ),
+        (ended(1), JOB, {"gone": "the pod ended with exit code 1 before the flow had: last words"}),
+        (
+            pod(phase="Failed", reason="Evicted", message="The node was low on memory."),
+            JOB,
+            {"gone": "Evicted from node n1: The node was low on memory."},
+        ),
+        (pod({"running": {}}, phase="Running"), JOB, {"gone": "node n1 is lost, with its pod on it"}),
+        (None, JOB, {"gone": "its pod was deleted, or its node is lost"}),
+        (None, None, {"gone": "its job was deleted by somebody else"}),
+        (
+            None,
+            {"status": {"conditions": [EXCEEDED]}},
+            {"ended": True, "stop": "lease", "reason": "no agent renewed the deadline of its job"},
+        ),
+    ],
+)
+def test_ends(found: Any, job: Any, noted: dict[str, Any]) -> None:
+    assert symptoms.end(found, job, "last words") == noted
+
+
+def test_the_age_of_a_job() -> None:
+    assert symptoms.age({"status": {**JOB["status"], "conditions": [EXCEEDED]}}) == 9
+    assert symptoms.age(JOB) == symptoms.age(None) == 0
+
+
+def test_a_node_that_is_away() -> None:
+    there = pod({"running": {}}, phase="Running")
+    assert not symptoms.lost(there, 0)
+    there["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    end = symptoms.timestamp("2026-01-01T00:00:00Z")
+    assert not symptoms.lost(there, end)
+    assert symptoms.lost(there, end + 30)
+    there["status"]["containerStatuses"][0]["ready"] = True
+    there["status"]["conditions"] = [
+        {"type": "Ready", "status": "False"},
+        {"type": "ContainersReady", "status": "True"},
+    ]
+    assert symptoms.lost(there, end - 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("64Mi", 64 << 20),
+        ("1Gi", 1 << 30),
+        ("500M", 500_000_000),
+        ("1000", 1000),
+        ("odd", None),
+        (None, None),
+    ],
+)
+def test_memory_limits(text: str | None, size: int | None) -> None:
+    found = pod()
+    found["spec"]["containers"][0]["resources"] = {"limits": {"memory": text}}
+    assert symptoms.memory_limit(found) == size
