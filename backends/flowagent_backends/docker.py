@@ -17,6 +17,7 @@ from anyio import to_thread
 
 from flowagent.backend import Artifact, BackendContext, Entry, Features, Revision
 from flowagent.docker import Engine, EngineError, Reference, images, parse
+from flowagent.docker.client import explained
 from flowagent.docker.credentials import registry_auth
 from flowagent.docker.references import HUB
 from flowagent.errors import BackendError, FlowagentError, StorageNotFoundError, UsageError
@@ -203,7 +204,8 @@ class DockerBackend(CodeOnly):
 
     def _failed(self, image: Reference, said: str, lines: deque[str]) -> BackendError:
         before = " | ".join(line for line in lines if not line.startswith("--->"))
-        return BackendError(f"Docker: {image} could not be built: {said.strip()}; it said: {before}"[:2000])
+        why = explained(said.strip()) + (f"; it said: {before}" if before else "")
+        return BackendError(f"Docker: {image} could not be built: {why}"[:2000])
 
     async def _push(self, engine: Engine, image: Reference) -> str:
         with self._context.progress(f"pushing {image}") as advance:

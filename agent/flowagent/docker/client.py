@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import ssl
 import struct
 from collections.abc import AsyncIterator, Mapping
@@ -27,6 +28,10 @@ TIMEOUT = 60.0
 """Seconds that the engine may take to answer."""
 FRAME = struct.Struct(">BxxxL")
 """Before each piece of a log: which stream, and how many bytes (Engine API, "Stream format")."""
+TROUBLE = 3
+"""The stream in which the engine itself speaks."""
+MAKE_ROOM = "the engine's disk is full, make room: docker system prune"
+_FULL = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
 
 
 class EngineError(FlowagentError):
@@ -36,6 +41,10 @@ class EngineError(FlowagentError):
         super().__init__(message)
         self.status = status
         self.retryable = status == 0 or status >= 500
+
+
+class BrokenLogError(EngineError):
+    """The engine cannot read a container's log any further."""
 
 
 class Channel:
@@ -202,7 +211,9 @@ class Engine:
     @asynccontextmanager
     async def log(self, container: str, *, follow: bool) -> AsyncIterator[AsyncIterator[bytes]]:
         """What a container has written, both streams as they came, from its beginning; with ``follow``, until
-        it ends."""
+        it ends.
+
+        :raises BrokenLogError: the log is cut, as it is by an engine whose disk was full."""
         params = {"stdout": 1, "stderr": 1, "follow": int(follow)}
         async with self.stream("GET", f"/containers/{container}/logs", params=params) as pieces:
             yield _unframed(pieces)
@@ -230,10 +241,14 @@ async def _unframed(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     async for piece in pieces:
         buffer += piece
         while len(buffer) >= FRAME.size:
-            _, size = FRAME.unpack_from(buffer)
+            stream, size = FRAME.unpack_from(buffer)
             if len(buffer) < FRAME.size + size:
                 break
-            yield bytes(buffer[FRAME.size : FRAME.size + size])
+            data = bytes(buffer[FRAME.size : FRAME.size + size])
+            if stream == TROUBLE:
+                said = " ".join(data.decode(errors="replace").split())
+                raise BrokenLogError(f"its log on the engine is cut ({said}); is the engine's disk full?")
+            yield data
             del buffer[: FRAME.size + size]
 
 
@@ -267,4 +282,11 @@ def _check(status: int, content: bytes) -> None:
         said = json.loads(content)["message"]
     except (ValueError, LookupError, TypeError):
         said = content.decode(errors="replace")
-    raise EngineError(" ".join(str(said).split())[:1000] or f"HTTP {status}", status)
+    raise EngineError(explained(" ".join(str(said).split())[:1000]) or f"HTTP {status}", status)
+
+
+def explained(said: str) -> str:
+    """What an engine says, and what to do if its disk is full."""
+    if MAKE_ROOM in said or not _FULL.search(said):
+        return said
+    return f"{said}; {MAKE_ROOM}"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flowagent.docker.client import Engine, EngineError
+from flowagent.docker.client import MAKE_ROOM, Engine, EngineError, explained
 from flowagent.docker.credentials import registry_auth
 from flowagent.docker.references import Reference
 from flowagent.errors import BackendError
@@ -24,7 +24,6 @@ _UNREACHABLE = re.compile(
 )
 _DENIED = re.compile(r"unauthorized|denied|no basic auth|authentication required|401|403", re.IGNORECASE)
 _MISSING = re.compile(r"not found|manifest unknown|name unknown|no such image|404", re.IGNORECASE)
-_FULL = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
 
 
 class ImageError(BackendError):
@@ -105,9 +104,9 @@ async def _transfer(
 
 def failure(what: str, said: str) -> ImageError:
     """The error that an engine speaks of, with what to do about it. ``what`` failed."""
-    said = " ".join(said.split())[:500]
-    if _FULL.search(said):
-        return ImageError(f"{what}: the engine's disk is full ({said}); make room: docker system prune")
+    said = explained(" ".join(said.split())[:500])
+    if MAKE_ROOM in said:
+        return ImageError(f"{what}: {said}")
     if _UNREACHABLE.search(said):
         return ImageError(f"{what}: the registry cannot be reached ({said}); try again later", retryable=True)
     if _DENIED.search(said):

@@ -98,11 +98,11 @@ def _note(status: int, data: dict[str, Any]) -> None:
         line = line[os.write(status, line) :]
 
 
-def _reserve(status: int) -> None:
-    """Have the room on disk for all notes, so that the end can be noted however full the flow makes it.
+def _reserve(fd: int) -> None:
+    """Have the room on disk for what is written at the end, so that it can be however full the flow makes it.
 
     :raises OSError: it is full already. Where the file system cannot reserve, nothing is."""
-    code = linux.reserve(status, RESERVED)
+    code = linux.reserve(fd, RESERVED)
     if code in (errno.ENOSPC, errno.EDQUOT):
         raise OSError(code, os.strerror(code))
 
@@ -132,6 +132,7 @@ class _Attempt:
         output = os.open(self._run.output_path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         outcome = os.open(self._run.outcome_path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
+            _reserve(outcome)
             begun = {"supervisor": os.getpid(), "started": time.time(), "boottime": boottime()}
             _note(self._status, {**begun, "pid": self._main})
             if boottime() >= self._read_lease():

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from flowagent.docker import Channel, Engine, EngineError
+from flowagent.docker import BrokenLogError, Channel, Engine, EngineError
 from flowagent.runners.following import FollowedTooFarError, Follower, noted
 from flowagent.runtime.limits import Limits
 from flowagent.runtime.rundir import RunDirectory
@@ -115,8 +115,12 @@ class Conversation:
     async def _listen(self) -> None:
         while True:
             follower = Follower(self._run, self._limits, self._boot_id)
+            broken = ""
             try:
-                await self._follow(follower)
+                try:
+                    await self._follow(follower)
+                except BrokenLogError as error:
+                    broken = str(error)
                 found = await self._engine.call("GET", f"/containers/{self.container}/json")
             except EngineError as error:
                 if error.status == 404:
@@ -133,8 +137,10 @@ class Conversation:
                 return
             if not found["State"]["Running"]:
                 follower.close()
-                self._conclude(follower, found["State"])
+                self._conclude(follower, found["State"], broken)
                 return
+            if broken:
+                await anyio.sleep(AGAIN)
 
     async def _follow(self, follower: Follower) -> None:
         async with self._engine.log(self.container, follow=True) as pieces:
@@ -151,8 +157,9 @@ class Conversation:
             self._clock = follower.clock
             self.extend(self._run.read_lease())
 
-    def _conclude(self, follower: Follower, state: Mapping[str, Any]) -> None:
-        """Note how it ended: in its supervisor's words, or if that has none left, in the engine's."""
+    def _conclude(self, follower: Follower, state: Mapping[str, Any], broken: str) -> None:
+        """Note how it ended: in its supervisor's words, or if that has none left, in the engine's.
+        ``broken``: why the log could not be read to its end."""
         limit = {"memory_limit": self._limits.memory}
         killed_for_memory = bool(state.get("OOMKilled"))
         if follower.ended is not None:
@@ -169,6 +176,7 @@ class Conversation:
             image, program = noted_before.get("image"), noted_before.get("program")
             self._run.note({"gone": f"image {image} has no {program}", "retryable": False})
         else:
-            said = f": {follower.last_line}" if follower.last_line else ""
+            last = broken or follower.last_line
+            said = f": {last}" if last else ""
             code = state.get("ExitCode")
             self._run.note({"gone": f"the container ended with exit code {code} before the flow had{said}"})
