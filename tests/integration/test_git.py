@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +289,57 @@ async def test_a_server_in_trouble(root: Path, here: Place) -> None:
             await here.hold(storage)
 
 
+async def test_many_at_once_ask_a_server_in_trouble(root: Path, here: Place) -> None:
+    with http_server(root / "repos", logins={"me": "right"}) as server:
+        storage = here.of(server.url("org/one", "me:right"))
+        await here.backend.resolve(storage)
+        server.logins["me"] = "other"
+        said: list[str] = []
+
+        async def ask() -> None:
+            with pytest.raises(BackendError, match="access is refused") as caught:
+                await here.backend.resolve(storage)
+            said.append(str(caught.value))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(6):
+                tasks.start_soon(ask)
+        assert len(said) == 6
+
+
+async def test_a_server_of_plain_files(repository: Repository, here: Place) -> None:
+    git("update-server-info", cwd=repository.bare)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(repository.bare.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/one.git"
+        asked: tuple[dict[str, Any], ...] = ({}, {"clone_depth": 3}, {"sparse": ["flow.py"]})
+        for options in asked:
+            assert await here.read(here.of(url, **options)) == "one = 3\n"
+        server.shutdown()
+
+
+async def test_names_of_objects_by_sha256(
+    http_git: HttpServer, ssh: SshServer, root: Path, here: Place
+) -> None:
+    bare = root / "repos/org/long.git"
+    work = root / "long"
+    git("init", "-q", "--bare", "--object-format=sha256", "-b", "main", str(bare), cwd=root)
+    git("init", "-q", "--object-format=sha256", "-b", "main", str(work), cwd=root)
+    commits = []
+    for content in ("1", "2", "3"):
+        (work / "flow.py").write_text(content)
+        git("add", ".", cwd=work)
+        git("commit", "-q", "-m", content, cwd=work)
+        commits.append(git("rev-parse", "HEAD", cwd=work))
+    git("push", "-q", str(bare), "main", cwd=work)
+    for url in (str(bare), http_git.url("org/long", "me:s3cret%2541%40:/"), ssh.url("org/long")):
+        assert await here.read(here.of(url)) == "3"
+        assert await here.read(here.of(url, branch_name="main")) == "3"
+        assert await here.read(here.of(url, commit=commits[0])) == "1"
+        assert await here.read(here.of(url, commit=commits[1][:12])) == "2"
+
+
 async def test_a_repository_that_is_empty(root: Path, here: Place) -> None:
     Repository.make(root / "repos", "org/empty")
     with pytest.raises(StorageNotFoundError, match="is empty; push a branch to it"):
@@ -419,6 +473,8 @@ async def test_fifty_runs_of_five_repositories_fetch_each_commit_once(root: Path
     made = [Repository.make(root / "many", f"r{number}", flow="1") for number in range(5)]
     with http_server(root / "many") as server:
         storages = [here.of(server.url(f"r{number}")) for number in range(5)]
+        for storage in storages:  # which leaves nothing that would make two fetches of one
+            await here.backend.upload(storage, Artifact("etl", "script", path=Path("flow.py")))
         for content in ("1", "2"):
             if content == "2":
                 for repository in made:

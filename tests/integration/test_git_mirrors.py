@@ -216,15 +216,61 @@ async def test_a_branch_that_becomes_a_directory_of_branches(repository: Reposit
     assert mirror_of(here).stat().st_ino == inode
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"sparse": ["flow.py"]}, {"clone_depth": 2}, {"clone_depth": 0}], ids=str
+)
 async def test_many_packs_are_joined(
-    repository: Repository, here: Place, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], repository: Repository, here: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirrors, "MANY_PACKS", 3)
+    with http_server(repository.bare.parent) as server:
+        storage = here.of(server.url("one"), **options)
+        for number in range(8):
+            repository.commit(flow=f"v{number}")
+            assert await here.read(storage) == f"v{number}"
+            assert len(list((mirror_of(here) / "objects" / "pack").glob("*.pack"))) <= 5
+        assert await here.backend.verify_mirrors() == []
+        repository.commit(flow="after")
+        assert await here.read(storage) == "after"
+
+
+async def test_a_join_that_fails_fails_nothing(
+    repository: Repository, here: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "MANY_PACKS", 0)
     storage = here.of(str(repository.bare))
-    for number in range(6):
-        repository.commit(flow=f"v{number}")
-        assert await here.read(storage) == f"v{number}"
-    assert len(list((mirror_of(here) / "objects" / "pack").glob("*.pack"))) <= 4
+    assert await here.read(storage) == "2"
+    (mirror_of(here) / "refs" / "broken").write_text("rubbish")
+    repository.commit(flow="3")
+    assert await here.read(storage) == "3"
+
+
+@pytest.mark.parametrize("kind", ["lost", "damaged"])
+async def test_a_base_of_what_comes_is_broken(kind: str, repository: Repository, here: Place) -> None:
+    lines = [os.urandom(30).hex() + "\n" for _ in range(400)]
+    repository.commit(flow="".join(lines))
+    storage = here.of(repository.bare.as_uri())
+    await here.read(storage)
+    mirror = mirror_of(here)
+    if kind == "lost":
+        _lose("blob")(mirror)
+    else:
+        _garbage_in_pack(mirror)
+    repository.commit(flow="".join([*lines, "end"]))  # which comes as what is new in it
+    assert (await here.read(storage)).endswith("end")
+
+
+@pytest.mark.parametrize("how", ["emptied HEAD", "garbage in config", "truncated pack", "lost commits"])
+async def test_a_broken_mirror_of_an_abbreviated_commit(
+    how: str, repository: Repository, tmp_path: Path
+) -> None:
+    commit = repository.head
+    repository.commit(flow="3")
+    for _ in range(2):
+        async with place(tmp_path / "home") as here:
+            revision = await here.backend.resolve(here.of(str(repository.bare), commit=commit[:9]))
+            assert revision.id == commit
+            BREAKS[how](mirror_of(here))
 
 
 # -- closed to us, and no room: as another user, on a disk of its own ----------------------------------

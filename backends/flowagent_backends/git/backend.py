@@ -122,7 +122,8 @@ class GitBackend(CodeOnly):
             request = self._request(storage, revision.id)
         except SecretError:
             return dict(storage)
-        async with self._mirrors.open(request.remote, _is_sha256(revision.id)) as mirror:
+        sha256 = _is_sha256(revision.id)
+        async with self._mirrors.open(request.remote, sha256, history=True) as mirror:
 
             async def look(filtered: bool) -> None:
                 await self._bring(mirror, request, filtered)
@@ -134,7 +135,7 @@ class GitBackend(CodeOnly):
                     where = f"{request.remote.what} at {revision.id[:12]}"
                     raise StorageNotFoundError(f"{where} has no file {path!r}{near_path(path, scripts)}")
 
-            await self._repaired(mirror, request, look, filtered=True)
+            await self._repaired(mirror, sha256, look, filtered=True)
         return dict(storage)
 
     # -- which commit ----------------------------------------------------------------------------------
@@ -145,21 +146,25 @@ class GitBackend(CodeOnly):
         refs = await self._discovery.refs(remote, wanted.prefixes)
         commit = wanted.choose(refs)
         if wanted.commit is not None and refs:
-            commit = commit or await self._abbreviated(remote, wanted.commit)
+            commit = commit or await self._abbreviated(remote, wanted.commit, _is_sha256(refs[0].oid))
             if commit is not None:
                 self._abbreviations[remote.identity, wanted.commit] = commit
         if commit is None:
             raise references.missing(remote.what, wanted, await self._discovery.refs(remote, (HEADS, TAGS)))
         return commit
 
-    async def _abbreviated(self, remote: Remote, abbreviation: str) -> str | None:
+    async def _abbreviated(self, remote: Remote, abbreviation: str, sha256: bool) -> str | None:
         """A commit that no ref points at: all of history is looked through, without the contents of files."""
-        async with self._mirrors.open(remote) as mirror:
-            commit = await mirror.expand(abbreviation)
-            if commit is None:
-                await mirror.fetch_history(self._context.max_source)
+        async with self._mirrors.open(remote, sha256, history=True) as mirror:
+
+            async def look(filtered: bool) -> str | None:
                 commit = await mirror.expand(abbreviation)
-        return commit
+                if commit is None:
+                    await mirror.fetch_history(self._context.max_source)
+                    commit = await mirror.expand(abbreviation)
+                return commit
+
+            return await self._repaired(mirror, sha256, look, filtered=True)
 
     # -- how it gets here ------------------------------------------------------------------------------
 
@@ -181,7 +186,8 @@ class GitBackend(CodeOnly):
         lfs = await self._lfs(remote) if request.lfs else ()
         limit = self._context.max_source
         urls: dict[str, str] = {}
-        async with self._mirrors.open(remote, _is_sha256(commit)) as mirror:
+        sha256 = _is_sha256(commit)
+        async with self._mirrors.open(remote, sha256) as mirror:
 
             async def write(filtered: bool) -> checkout.Listing:
                 await self._bring(mirror, request, filtered)
@@ -190,7 +196,7 @@ class GitBackend(CodeOnly):
                     mirror, commit, directory, request.paths, lfs, limit=limit, room=room.bytes
                 )
 
-            listed = await self._repaired(mirror, request, write, request.filtered, directory)
+            listed = await self._repaired(mirror, sha256, write, request.filtered, directory)
             room.bytes -= listed.size
             if request.submodules and listed.submodules:
                 urls = await checkout.submodule_urls(mirror, commit)
@@ -218,7 +224,7 @@ class GitBackend(CodeOnly):
     async def _repaired(
         self,
         mirror: Mirror,
-        request: _Request,
+        sha256: bool,
         job: Callable[[bool], Awaitable[T]],
         filtered: bool,
         directory: Path | None = None,
@@ -232,7 +238,7 @@ class GitBackend(CodeOnly):
             if not rebuildable(error):
                 with reported(mirror.remote, mirror.path):
                     raise
-        await self._mirrors.quarantine(mirror, _is_sha256(request.commit))
+        await self._mirrors.quarantine(mirror, sha256)
         with reported(mirror.remote, mirror.path):
             if directory is not None:
                 await to_thread.run_sync(_clear, directory)

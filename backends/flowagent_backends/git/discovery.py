@@ -91,7 +91,7 @@ class Discovery:
         )
         response = await http.send(self._using(), request)
         if response.status_code != 200:
-            del self._servers[remote.identity]  # it may have moved: it is met again the next time
+            self._servers.pop(remote.identity, None)  # it may have moved: it is met again the next time
             raise self._error(remote, response)
         return packets.parse_refs(line for line in packets.packets(response.content) if line is not None)
 
@@ -149,17 +149,28 @@ class Discovery:
     # -- ssh -------------------------------------------------------------------------------------------
 
     async def _over_ssh(self, remote: Remote, prefixes: Sequence[str]) -> tuple[Ref, ...]:
-        async with self._transport.connections.channel(remote, UPLOAD_PACK) as channel:
-            with anyio.move_on_after(PATIENCE):
-                # not waiting for what the server can do saves the time of a round trip; an older one
-                # has told its refs before it reads this
-                channel.process.stdin.write(packets.list_refs(prefixes))
-                sections = _Sections(remote, channel)
-                said = packets.parse_advertisement(await sections.read())
-                refs = packets.parse_refs(await sections.read()) if said.version == 2 else said.refs
-                channel.process.stdin.write(packets.FLUSH)
-                return refs
+        with anyio.move_on_after(PATIENCE):
+            # not waiting for what the server can do saves the time of a round trip
+            said, refs = await self._ask(remote, packets.list_refs(prefixes))
+            if refs is None:  # its commits have names of another kind, and it wants to hear so
+                said, refs = await self._ask(remote, packets.list_refs(prefixes, said.capabilities), said)
+            return refs or ()
         raise StorageTransientError(f"{remote.what}: {remote.host} did not answer in time; try again later")
+
+    async def _ask(
+        self, remote: Remote, request: bytes, known: packets.Advertisement | None = None
+    ) -> tuple[packets.Advertisement, tuple[Ref, ...] | None]:
+        """What the server can do, and its refs; None: it does not take the request, which did not say its
+        object format. ``known``: what it can do, if the request goes by that."""
+        async with self._transport.connections.channel(remote, UPLOAD_PACK) as channel:
+            channel.process.stdin.write(request)  # an older one has told its refs before it reads this
+            sections = _Sections(remote, channel)
+            said = packets.parse_advertisement(await sections.read())
+            if said.version == 2 and known is None and not packets.is_usual(said):
+                return said, None
+            refs = packets.parse_refs(await sections.read()) if said.version == 2 else said.refs
+            channel.process.stdin.write(packets.FLUSH)
+            return said, refs
 
     # -- the program -----------------------------------------------------------------------------------
 

@@ -166,12 +166,15 @@ class Mirror:
                     raise failure(self.remote, self.remote.what, 128, way.channel.errors) from error
 
     async def tidy(self) -> None:
-        """Join packs when there are many of them: each makes finding an object slower."""
+        """Join packs when there are many of them: each makes finding an object slower. Where that fails
+        nothing is lost."""
         with os.scandir(self.path / "objects" / "pack") as found:
             packs = sum(entry.name.endswith(".pack") for entry in found)
         if packs > MANY_PACKS:
-            await self.git("repack", "-d", "-q", "--geometric=2")
-            await self.git("pack-refs", "--all")
+            how = "-a" if self.partial else "--geometric=2"  # which partial ones cannot do
+            with suppress(MirrorError):
+                await self.git("repack", "-d", "-q", how)
+                await self.git("pack-refs", "--all")
 
 
 @dataclass
@@ -196,11 +199,17 @@ class Mirrors:
         self._turns: dict[str, anyio.Lock] = {}
 
     @asynccontextmanager
-    async def open(self, remote: Remote, sha256: bool = False) -> AsyncIterator[Mirror]:
-        """The mirror of a remote, made if it is not there. :raises SourceCacheError: its lock is not free.
+    async def open(
+        self, remote: Remote, sha256: bool = False, *, history: bool = False
+    ) -> AsyncIterator[Mirror]:
+        """The mirror of a remote, made if it is not there. ``history``: another one, without the contents of
+        files, for questions about commits and names: a mirror that has done without some contents needs two
+        fetches for each new commit ever after.
 
+        :raises SourceCacheError: its lock is not free.
         :raises BackendError: it cannot be made."""
-        key = hashlib.sha256(remote.identity.encode("utf-8", "surrogateescape")).hexdigest()
+        name = remote.identity + ("\0history" if history else "")
+        key = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
         path = self._root / f"{key}.git"
         turn = self._turns.setdefault(key, anyio.Lock())
         async with turn:  # within this process; the lock file is for the others

@@ -10,6 +10,7 @@ from flowagent.errors import BackendError, one_line
 
 FLUSH, DELIMITER = b"0000", b"0001"
 AGENT = b"agent=flowagent"
+OBJECT_FORMAT = "object-format="
 _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LENGTH = re.compile(rb"[0-9a-fA-F]{4}")
 
@@ -76,11 +77,17 @@ def list_refs(prefixes: Iterable[str], capabilities: frozenset[str] = frozenset(
     lines += [
         packet(name.encode("utf-8", "surrogateescape"))
         for name in capabilities
-        if name.startswith("object-format=")
+        if name.startswith(OBJECT_FORMAT)
     ]
     lines += [DELIMITER, packet(b"peel\n"), packet(b"symrefs\n")]
     lines += [packet(b"ref-prefix %s\n" % prefix.encode()) for prefix in prefixes]
     return b"".join([*lines, FLUSH])
+
+
+def is_usual(said: Advertisement) -> bool:
+    """Whether requests need not say how the server names objects."""
+    formats = {name for name in said.capabilities if name.startswith(OBJECT_FORMAT)}
+    return formats <= {f"{OBJECT_FORMAT}sha1"}
 
 
 def parse_refs(lines: Iterable[bytes]) -> tuple[Ref, ...]:

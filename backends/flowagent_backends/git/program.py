@@ -80,13 +80,15 @@ _MISSING = re.compile(
     re.I,
 )
 _NO_REF = re.compile(
-    r"couldn't find remote ref|not our ref|unadvertised object|remote error: .*not our ref", re.I
+    r"couldn't find remote ref|not our ref|unadvertised object|remote error: .*not our ref"
+    r"|dumb http transport does not support",
+    re.I,
 )
 _NETWORK = re.compile(
     r"Could not resolve host|Connection (refused|reset|timed out)|timed? ?out|Operation too slow|early EOF"
     r"|hung up|RPC failed|Failed to connect|Couldn't connect|unable to connect|gnutls|SSL|Empty reply"
     r"|requested URL returned error: (429|5\d\d)|unexpected disconnect|Network is unreachable"
-    r"|no route to host|invalid index-pack output",
+    r"|no route to host",
     re.I,
 )
 _CERTIFICATE = re.compile(r"certificate verif|self.signed certificate|certificate problem", re.I)
