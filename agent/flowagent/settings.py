@@ -31,6 +31,8 @@ DEFAULT_MAX: Mapping[str, float | None] = {
 
 LEASES = {"kubernetes": 90.0}
 """Seconds that runs are leased for by default, where not as everywhere: a pod takes its time to end."""
+CACHE_MAX_AGE = 30 * 86400.0
+"""Seconds that sources and mirrors are kept without being used, if nobody says otherwise."""
 MAX_SOURCE = 8 << 30
 """How many bytes a source may have, if nobody says otherwise."""
 
@@ -107,6 +109,8 @@ class Settings:
     notify: str | None = None  # a URL that is told of every run that ended
     notify_key: str | None = None  # the secret that signs it
     tracing: str = "off"
+    cache_max_size: int | None = None  # bytes that an agent keeps of sources and mirrors; None: all
+    cache_max_age: float | None = CACHE_MAX_AGE  # after so long without use they go; None: never
     cache: Path | None = None  # where sources are kept; None: in the home
     config: Path | None = None  # the file that these were read from
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -259,6 +263,20 @@ def _unknown(key: str, what: str, known: list[str]) -> str:
 # -- kinds of values -----------------------------------------------------------------------------------
 
 
+def _optional(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Such a value, or ``none``."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, str) and value.lower() == "none":
+            return None
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or none") from None
+
+    return read
+
+
 _KINDS: Mapping[str, Callable[[Any], Any]] = {
     "home": kinds.path,
     "store": kinds.string,
@@ -286,6 +304,8 @@ _KINDS: Mapping[str, Callable[[Any], Any]] = {
     "max_runs": kinds.count,
     "idle_exit": kinds.seconds,
     "reserve": kinds.size,
+    "cache_max_size": _optional(kinds.size),
+    "cache_max_age": _optional(kinds.seconds),
     "hooks": kinds.path,
     "hook_timeout": kinds.seconds,
     "notify": kinds.web_address,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from tests.e2e.harness import Site
+from tests.e2e.harness import Site, until
 
 FLOW = """
     import os
@@ -53,3 +56,60 @@ def test_sources_elsewhere_are_used_and_closed(site: Site, level: str) -> None:
         site.close()
         subprocess.run(["chmod", "-R", "u+w", cache], check=True)
         shutil.rmtree(cache)
+
+
+def old_mirror(site: Site, key: str) -> Path:
+    """A mirror that was last used 40 days ago, as far as the cache knows of it."""
+    made = site.home / "mirrors" / f"{key}.git"
+    (made / "objects").mkdir(parents=True)
+    (made / "objects" / "pack").write_bytes(b"x" * 5000)
+    age(made.with_suffix(".lock"))
+    return made
+
+
+def age(lock: Path) -> None:
+    lock.touch()
+    os.utime(lock, (0, time.time() - 40 * 86400))
+
+
+def test_an_agent_keeps_to_the_limits_of_its_cache_and_sweeps_what_was_left(site: Site) -> None:
+    for name in ("one", "two"):
+        site.python(site.write(f"{name}.py", FLOW.format(name=name)))
+    agent = site.start("--cache-max-age", "none")
+    old, used = site.submit("one"), site.submit("two")
+    for run in (old, used):
+        assert site.wait_for(run)["state"] == "completed"
+    sources = json.loads(site.command("cache", "ls", "--json").stdout)["sources"]
+    assert len(sources) == 2
+    age(site.home / "sources" / f"{sources[0]['key']}.lease")
+    assert site.stop(agent) == 0
+    unused, busy = old_mirror(site, "ab"), old_mirror(site, "cd")
+    left = site.home / "mirrors" / ".tmp-ef-0123"
+    (left / "objects").mkdir(parents=True)
+    with open(busy.with_suffix(".lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        agent = site.start()
+        until(lambda: not unused.exists() and not unused.with_suffix(".lock").exists())
+        assert not left.exists()
+        assert busy.exists()
+        now = json.loads(site.command("cache", "ls", "--json").stdout)
+        assert [entry["key"] for entry in now["sources"]] == [sources[1]["key"]]
+        until(lambda: "kept the source cache within its limits" in site.log(agent))
+    assert site.stop(agent) == 0
+    agent = site.start("--cache-max-size", "4K", "--cache-max-age", "none")
+    until(lambda: not busy.exists())
+    assert site.stop(agent) == 0
+
+
+def test_a_killed_prune_does_not_stop_the_next(site: Site) -> None:
+    old_mirror(site, "ab")
+    left = site.home / "mirrors" / ".tmp-ab" / "objects"
+    left.mkdir(parents=True)
+    assert site.command("cache", "prune").stdout.startswith("removed 0 sources and 1 mirror,")
+    assert os.listdir(site.home / "mirrors") == []
+
+
+def test_a_disk_that_is_nearly_full_takes_unused_mirrors_too(site: Site) -> None:
+    unused = old_mirror(site, "ab")
+    site.start("--reserve", "500T", "--cache-max-age", "none")
+    until(lambda: not unused.exists())

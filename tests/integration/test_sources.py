@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ import pytest
 from flowagent import locks
 from flowagent.backend import Entry, Revision
 from flowagent.errors import BackendError, SourceCacheError, StorageNotFoundError
-from flowagent.sources import Source, SourceCache, trees
+from flowagent.sources import Source, SourceCache, mirrors, trees
+from flowagent.sources.upkeep import Upkeep
 
 
 class Files:
@@ -193,6 +196,101 @@ async def test_a_tree_deeper_than_the_stack_of_python(tmp_path: Path) -> None:
     assert await cache.verify() == []
     assert len(await cache.prune(max_bytes=0)) == 1
     assert names(tmp_path) == []
+
+
+def dig(directory: Path, names: list[str], mode: int = 0o700) -> None:
+    """Directories in one another, however long their path gets, with a file and a link out in the last."""
+    here = os.open(directory, os.O_RDONLY)
+    above = []
+    for name in names:
+        os.mkdir(name, dir_fd=here)
+        above.append(here)
+        here = os.open(name, os.O_RDONLY, dir_fd=here)
+    os.close(os.open("f", os.O_CREAT | os.O_WRONLY, 0o400, dir_fd=here))
+    os.symlink(directory.parent.parent, "out", dir_fd=here)
+    for descriptor in (here, *reversed(above)):
+        os.fchmod(descriptor, mode)
+        os.close(descriptor)
+
+
+class Deep(Files):
+    """A backend whose tree has a path longer than the system takes in one piece."""
+
+    async def materialise(self, storage: Mapping[str, Any], revision: Revision, directory: Path) -> None:
+        dig(directory, ["d" * 200] * 30)
+
+
+async def test_a_path_that_is_too_long_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    cache = SourceCache(tmp_path)
+    with pytest.raises(
+        SourceCacheError, match=r"r1 .*: File name too long; a path in the source is too long"
+    ) as caught:
+        await cache.acquire(Deep(), {}, revision())
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == []
+
+
+async def test_a_source_that_can_be_read_when_it_is_made_can_be_when_it_is_published(tmp_path: Path) -> None:
+    cache = SourceCache(tmp_path)
+    above = len(os.fspath(cache.lease_path(Files(), revision()).with_suffix("") / "source"))  # type: ignore[arg-type]
+    room = 4095 - above
+    parts = ["d" * 200] * (room // 201)
+    for length in (room - 30, room + 30):  # of the path of the file in it, with the slash before
+        name = "/".join([*parts, "f" * (length - 201 * len(parts) - 1)])
+        one = revision(f"r{length}")
+        if length > room:
+            with pytest.raises((SourceCacheError, OSError), match="File name too long"):
+                await cache.acquire(Files(), {name: "x"}, one)
+        else:
+            assert (await cache.acquire(Files(), {name: "x"}, one) / name).read_text() == "x"
+
+
+def test_leftovers_of_any_depth_are_swept_by_who_is_not_root() -> None:
+    place = Path(tempfile.mkdtemp())
+
+    def sweep() -> None:
+        root = place / "sources"
+        (root / ".tmp-1").mkdir(parents=True)
+        (root / ".tmp-2").mkdir()
+        (place / "kept").write_text("x")
+        dig(root / ".tmp-1", ["d" * 200] * 30, 0o500)
+        dig(root / ".tmp-2", ["d"] * 5000, 0)  # by far more than files may be open
+        os.chmod(root / ".tmp-2", 0o500)
+        assert anyio.run(SourceCache(root).sweep) == 2
+        assert os.listdir(root) == []
+        assert (place / "kept").read_text() == "x"
+        assert place.stat().st_mode & 0o777 == 0o711  # the link was not followed
+
+    try:
+        place.chmod(0o711)
+        if os.geteuid() == 0:
+            os.chown(place, 65534, 65534)
+            as_nobody(sweep)
+        else:
+            sweep()
+    finally:
+        trees.remove(place)
+
+
+def test_a_tree_may_be_removed_by_many_at_once(tmp_path: Path) -> None:
+    tree, failed = tmp_path / "a" / "tree", []
+    for one in range(20):
+        for two in range(20):
+            (tree / str(one) / str(two) / "deep" / "er").mkdir(parents=True)
+            (tree / str(one) / str(two) / "f").touch()
+
+    def remove() -> None:
+        try:
+            trees.remove(tree)
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=remove) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and not tree.exists()
 
 
 async def test_what_is_neither_file_nor_directory_is_refused(tmp_path: Path) -> None:
@@ -450,3 +548,99 @@ def as_nobody(action: Callable[[], None]) -> None:
         finally:
             os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+# -- mirrors and sources together -------------------------------------------------------------------------
+
+
+def mirror(root: Path, key: str, size: int = 100, age: float = 0.0) -> Path:
+    """What a backend leaves of its mirror: a directory, and a lock whose time says when it was last used."""
+    made = root / f"{key}.git"
+    (made / "objects").mkdir(parents=True)
+    (made / "objects" / "pack").write_bytes(b"x" * size)
+    lock = root / f"{key}.lock"
+    lock.touch()
+    os.utime(lock, (0, time.time() - age))
+    return made
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    lock = locks.try_lock(path, locks.EXCLUSIVE)
+    assert lock is not None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@pytest.fixture
+async def upkeep(tmp_path: Path) -> Upkeep:
+    """Three sources of 100 bytes and three mirrors as large, not used for 10, 20 and 30 days."""
+    cache = SourceCache(tmp_path / "sources")
+    for days in (10, 20, 30):
+        await cache.acquire(Files(), {"flow.py": "x" * 100}, revision(f"r{days}"))
+        lease = cache.lease_path(Files(), revision(f"r{days}"))  # type: ignore[arg-type]
+        lease.touch()
+        os.utime(lease, (0, time.time() - days * 86400))
+        mirror(tmp_path / "mirrors", f"m{days}", age=days * 86400)
+    return Upkeep(tmp_path / "sources", tmp_path / "mirrors")
+
+
+def pruned(upkeep: Upkeep, max_bytes: int | None, max_age: float | None) -> list[str]:
+    removed = upkeep.prune(max_bytes, max_age)
+    return [entry.revision for entry in removed.sources] + [entry.key for entry in removed.mirrors]
+
+
+async def test_sources_go_before_mirrors_and_the_least_recently_used_before_others(upkeep: Upkeep) -> None:
+    assert upkeep.bytes() == 600
+    assert pruned(upkeep, 600, None) == []
+    assert pruned(upkeep, 500, None) == ["r30"]
+    assert pruned(upkeep, 250, None) == ["r20", "r10", "m30"]
+    assert upkeep.bytes() == 200
+    assert pruned(upkeep, 0, None) == ["m20", "m10"]
+    assert os.listdir(upkeep.sources) == os.listdir(upkeep.mirrors) == []
+
+
+async def test_age_counts_for_sources_and_for_mirrors(upkeep: Upkeep) -> None:
+    assert pruned(upkeep, None, None) == []
+    assert pruned(upkeep, None, 15 * 86400) == ["r30", "r20", "m30", "m20"]
+
+
+async def test_neither_sources_nor_mirrors_in_use_are_collected(upkeep: Upkeep) -> None:
+    lease = SourceCache(upkeep.sources).lease_path(Files(), revision("r20"))  # type: ignore[arg-type]
+    with locked(lease), locked(upkeep.mirrors / "m30.lock"):
+        assert pruned(upkeep, 0, 1.0) == ["r30", "r10", "m20", "m10"]
+    assert pruned(upkeep, 0, None) == ["r20", "m30"]
+
+
+async def test_a_cache_without_mirrors_is_kept_too(tmp_path: Path) -> None:
+    cache = SourceCache(tmp_path / "sources")
+    await cache.acquire(Files(), TREE, revision())
+    assert pruned(Upkeep(tmp_path / "sources", tmp_path / "mirrors"), 0, None) == ["r1"]
+    assert not (tmp_path / "mirrors").exists()
+
+
+def test_a_killed_prune_does_not_stop_the_next(tmp_path: Path) -> None:
+    mirror(tmp_path, "ab")
+    for left in (".tmp-ab", ".tmp-ab-0123", ".tmp-ef-0123"):
+        (tmp_path / left / "objects").mkdir(parents=True)
+        (tmp_path / left / "objects" / "pack").touch()
+    assert [entry.key for entry in mirrors.prune(tmp_path, 0, None)] == ["ab"]
+    assert os.listdir(tmp_path) == []
+    mirror(tmp_path, "ab")
+    assert [entry.key for entry in mirrors.prune(tmp_path, 0, None)] == ["ab"]
+
+
+def test_what_is_being_made_of_a_mirror_is_not_swept(tmp_path: Path) -> None:
+    assert mirrors.sweep(tmp_path / "none") == 0
+    for left in (".tmp-ab-01", ".tmp-cd-01", ".tmp-ef-01"):
+        (tmp_path / left).mkdir()
+    made = locks.try_lock_directory(tmp_path / ".tmp-ab-01")
+    assert made is not None
+    with locked(tmp_path / "cd.lock"):  # it holds that of the directory only a moment later
+        assert mirrors.sweep(tmp_path) == 1
+        assert names(tmp_path) == [".tmp-ab-01", ".tmp-cd-01"]
+    os.close(made)
+    assert mirrors.sweep(tmp_path) == 2
+    assert names(tmp_path) == []

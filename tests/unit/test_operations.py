@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import array
 import io
+import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import pytest
@@ -19,12 +20,13 @@ from flowagent.daemon.journal import Journal, is_behind
 from flowagent.daemon.log import make_log
 from flowagent.daemon.metrics import Metrics, Readings
 from flowagent.daemon.operations import Operations
+from flowagent.daemon.progress import logged
 from flowagent.daemon.pulse import Pulse
 from flowagent.daemon.systemd import ServiceManager
 from flowagent.daemon.tally import Tally
 from flowagent.errors import SettingsError, UsageError
 from flowagent.settings import Settings
-from flowagent.sources import SourceCache
+from flowagent.sources.upkeep import Removed, Upkeep
 
 pytestmark = pytest.mark.anyio
 
@@ -221,36 +223,86 @@ async def test_whether_a_stream_goes_to_the_journal(tmp_path: Path) -> None:
     assert not is_behind(io.StringIO(), {"JOURNAL_STREAM": "1:2"})
 
 
+# -- progress --------------------------------------------------------------------------------------------
+
+
+async def test_a_long_transfer_says_so_now_and_then(tmp_path: Path) -> None:
+    now, out = 0.0, io.StringIO()
+    with logged(make_log("json", stream=out), lambda: now)("fetching a/b", 3 << 20) as advance:
+        for now in (5.0, 12.0, 13.0, 31.0):  # noqa: B007 - which the clock shows
+            advance(512 << 10)
+    said = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [(line["done"], line["of"], line["seconds"]) for line in said] == [
+        ("1M", "3M", 12),
+        ("2M", "3M", 31),
+    ]
+    assert {line["what"] for line in said} == {"fetching a/b"}
+
+
 # -- disk guard ------------------------------------------------------------------------------------------
 
 
+class Cache(Upkeep):
+    """One of 300 bytes, of which nothing goes; remembers what it was asked for."""
+
+    asked: ClassVar[list[tuple[int | None, float | None]]]
+
+    def bytes(self) -> int:
+        return 300
+
+    def prune(self, max_bytes: int | None, max_age: float | None) -> Removed:
+        self.asked.append((max_bytes, max_age))
+        return Removed([], [])
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    Cache.asked = []
+    return Cache(tmp_path, tmp_path / "mirrors")
+
+
 async def test_a_full_disk_is_pruned_and_then_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, free, pruned = 0.0, 900, []
-
-    class Cache(SourceCache):
-        async def prune(self, **wanted: Any) -> Any:
-            nonlocal free
-            pruned.append(wanted)
-            free += 50
-            return []
-
-    guard = DiskGuard([tmp_path], 1000, Cache(tmp_path / "sources"), log(), lambda: now)
-    monkeypatch.setattr(guard, "free", lambda: {str(tmp_path): free})
+    now, free = 0.0, 900
+    monkeypatch.setattr("flowagent.daemon.disk._free", lambda directory: free)
+    guard = DiskGuard([tmp_path], 1000, cache, log(), lambda: now)
     assert not await guard.room()
-    assert guard.low == f"950 bytes are free at {tmp_path}, and 1000 bytes are to be"
-    assert pruned == [{"max_bytes": 0}]
+    assert guard.low == f"900 bytes are free at {tmp_path}, and 1000 bytes are to be"
+    assert cache.asked == [(100, None)]
     free = 2000
     assert not await guard.room()  # an answer holds for a moment
     now = 6.0
     assert await guard.room() and guard.low is None
     free, now = 10, 12.0
-    assert not await guard.room() and len(pruned) == 1  # not again so soon
+    assert not await guard.room() and len(cache.asked) == 1  # not again so soon
     now = 61.0
-    assert not await guard.room() and len(pruned) == 2
+    assert not await guard.room() and cache.asked[1:] == [(0, None)]
 
 
-async def test_room_is_looked_for_where_the_agent_writes(tmp_path: Path) -> None:
-    guard = DiskGuard([tmp_path, tmp_path / "not there"], 1, SourceCache(tmp_path / "sources"), log())
+async def test_a_cache_on_another_disk_than_the_full_one_is_left_alone(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowagent.daemon.disk._free", lambda path: 5000 if path == cache.sources else 10)
+    guard = DiskGuard([tmp_path / "home"], 1000, cache, log())
+    assert not await guard.room() and cache.asked == []
+
+
+async def test_room_is_looked_for_where_the_agent_writes(tmp_path: Path, cache: Cache) -> None:
+    guard = DiskGuard([tmp_path, tmp_path / "not there"], 1, cache, log())
     assert list(guard.free()) == [str(tmp_path)] and await guard.room()
+
+
+async def test_the_cache_is_kept_within_limits_only_if_there_are_some(tmp_path: Path, cache: Cache) -> None:
+    guard = DiskGuard([tmp_path], 1, cache, log())
+    await guard.keep(None, None)
+    assert cache.asked == []
+    await guard.keep(7, None)
+    await guard.keep(None, 9.0)
+    assert cache.asked == [(7, None), (None, 9.0)]
+
+
+async def test_a_cache_that_cannot_be_pruned_does_not_stop_the_agent(tmp_path: Path) -> None:
+    (tmp_path / "sources").write_text("not a directory")
+    guard = DiskGuard([tmp_path], 1, Upkeep(tmp_path / "sources", tmp_path / "mirrors"), log())
+    await guard.keep(0, None)

@@ -93,6 +93,7 @@ def test_every_kind_of_value_from_the_environment(tmp_path: Path) -> None:
         ("[agent]\nhealth_address = '::1:80'", {}, {}, r"HOST:PORT"),
         ("[agent]\nhealth_address = 'h:99999'", {}, {}, r"HOST:PORT"),
         ("[agent]\nreserve = '1 lot'", {}, {}, r"a number of bytes such as 512M or 8G is expected"),
+        ("[agent]\ncache_max_age = 'long'", {}, {}, r"a number of seconds above 0, or none is expected"),
         ("[agent]\nnotify = 'ftp://x'", {}, {}, r"an http:// or https:// URL without user"),
         ("[agent]\nnotify_key = 'a-b'", {}, {}, r"the name of a secret is expected"),
         ("", {}, {"limit": -1}, r"option limit has the value -1"),
@@ -105,6 +106,16 @@ def test_what_is_wrong_is_named_with_what_is_expected(
     with pytest.raises(SettingsError, match=message) as caught:
         settings(tmp_path, text, environ, **flags)
     assert "\n" not in str(caught.value)
+
+
+def test_the_cache_has_limits_that_can_be_taken_away(tmp_path: Path) -> None:
+    found = settings(tmp_path, "")
+    assert (found.cache_max_size, found.cache_max_age) == (None, 30 * 86400.0)
+    found = settings(tmp_path, "[agent]\ncache_max_size = '2G'\ncache_max_age = 3600")
+    assert (found.cache_max_size, found.cache_max_age) == (2 << 30, 3600.0)
+    found = settings(tmp_path, "[agent]\ncache_max_size = '2G'", {"FLOWAGENT_CACHE_MAX_AGE": "none"})
+    assert (found.cache_max_size, found.cache_max_age) == (2 << 30, None)
+    assert settings(tmp_path, "[agent]\ncache_max_size = 5", cache_max_size="None").cache_max_size is None
 
 
 def test_a_named_file_must_be_there(tmp_path: Path) -> None:

@@ -93,23 +93,16 @@ def prune(session: Session, max_size: int | None, max_age: float | None, as_json
     """Remove sources that no run holds, and mirrors, least recently used first; without limits, all of those.
 
     Sources go before mirrors: a source is made again without its remote, as long as its mirror is there."""
-    from flowagent.sources import collection, mirrors
+    from flowagent.sources.upkeep import Upkeep
 
     if max_size is None and max_age is None:
         max_size = 0
-    root, below = _root(session), session.settings().mirrors_dir
-    mirrored = sum(entry.bytes for entry in mirrors.entries(below))
-    removed = collection.prune(
-        root, None if max_size is None else max(0, max_size - mirrored), max_age, keep=0
-    )
-    kept = sum(entry.bytes for entry in collection.entries(root))
-    gone = mirrors.prune(below, None if max_size is None else max(0, max_size - kept), max_age)
+    removed = Upkeep(_root(session), session.settings().mirrors_dir).prune(max_size, max_age)
     if as_json:
-        output.print_json({"sources": removed, "mirrors": gone})
+        output.print_json({"sources": removed.sources, "mirrors": removed.mirrors})
     else:
-        freed = sum(entry.bytes for entry in removed) + sum(entry.bytes for entry in gone)
-        also = f" and {_count(gone, 'mirror')}" if gone else ""
-        click.echo(f"removed {_count(removed)}{also}, {output.size(freed)}")
+        also = f" and {_count(removed.mirrors, 'mirror')}" if removed.mirrors else ""
+        click.echo(f"removed {_count(removed.sources)}{also}, {output.size(removed.bytes)}")
 
 
 @cache.command(cls=Command)

@@ -14,6 +14,11 @@ from flowagent.cli.values import duration, pair
 CONTAINER_LISTS = ("volumes", "networks", "registry_allow", "allow_host_config", "image_pull_secrets")
 
 
+def duration_or_none(text: str) -> float | str:
+    """Seconds, or the word that the settings take for no limit."""
+    return text if text.lower() == "none" else duration(text)
+
+
 def container_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of agents that run flows in containers and pods."""
     options = [
@@ -143,6 +148,13 @@ def container_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @container_options
 @click.option("--reserve", metavar="SIZE", help="With less free on its disks, take nothing new. [500M]")
+@click.option("--cache-max-size", metavar="SIZE", help="How much to keep of sources and mirrors. [all]")
+@click.option(
+    "--cache-max-age",
+    type=duration_or_none,
+    metavar="TIME",
+    help="Remove sources and mirrors that were not used for so long, like 7d; or none. [30d]",
+)
 @click.option(
     "--health-address",
     metavar="ADDRESS",

@@ -30,6 +30,7 @@ from flowagent.daemon.log import Log
 from flowagent.daemon.lookout import Lookout
 from flowagent.daemon.operations import Operations
 from flowagent.daemon.patience import patiently
+from flowagent.daemon.progress import logged
 from flowagent.daemon.webhook import Notices
 from flowagent.errors import AgentError, FlowagentError, LeaseLostError, StoreError
 from flowagent.models import AgentInfo, Claims, FlowSpec, Held, Outcome, Run, State
@@ -38,7 +39,8 @@ from flowagent.runtime.linux import make_undumpable
 from flowagent.runtime.rundir import RunDirectory, boottime
 from flowagent.secrets import SecretProvider
 from flowagent.settings import Settings
-from flowagent.sources import SourceCache
+from flowagent.sources import SourceCache, mirrors
+from flowagent.sources.upkeep import Upkeep
 from flowagent.store.protocol import CANCEL, WORK, Store
 
 ANNOUNCE_EVERY = 10.0
@@ -47,11 +49,14 @@ EXPIRE_EVERY = 0.5
 """Seconds between looks for what other agents lost, at the least."""
 FLUSH = 10.0
 """Seconds that a stopping agent goes on trying to send notifications."""
+KEEP_EVERY = 600.0
+"""Seconds between looks at how much is in the cache, and how old it is."""
 PRUNING = 600.0
 """Seconds that it may take to make room in a large cache."""
 RELOADABLE = frozenset(
     {"labels", "hostname_label", "require_labels", "limit", "max_runs", "idle_exit", "reserve", "log_level"}
     | {"env", "import_paths", "max", "grace", "poll", "drain", "hooks", "hook_timeout"}
+    | {"cache_max_size", "cache_max_age"}
 )
 """Settings that a running agent can change; the others are made part of it when it starts."""
 
@@ -93,7 +98,9 @@ class Agent:
         self._services = Services(
             settings=settings,
             store=store,
-            backends=Backends(BackendContext.of(settings, writable=settings.allow_write)),
+            backends=Backends(
+                BackendContext.of(settings, writable=settings.allow_write, progress=logged(self.log))
+            ),
             sources=SourceCache(settings.sources_dir),
             runner=make_runner(settings, self._identity.directory),
             lookout=Lookout(),
@@ -209,7 +216,8 @@ class Agent:
     def _disk_guard(self) -> DiskGuard:
         settings = self._settings
         directories = [settings.home, *([settings.cache] if settings.cache else [])]
-        return DiskGuard(directories, settings.reserve, self._services.sources, self.log)
+        cache = Upkeep(settings.sources_dir, settings.mirrors_dir)
+        return DiskGuard(directories, settings.reserve, cache, self.log)
 
     def stop(self) -> None:
         """First call: drain. Second: cancel all runs now. Third: leave them to their supervisors and go."""
@@ -224,6 +232,7 @@ class Agent:
         make_undumpable()
         self._identity.directory.mkdir(exist_ok=True)
         await self._services.sources.sweep()
+        await anyio.to_thread.run_sync(mirrors.sweep, self._settings.mirrors_dir)
         try:
             self._services.hooks.check()
             self._services.notices.check()
@@ -240,6 +249,7 @@ class Agent:
             async with anyio.create_task_group() as tasks:
                 await self._adopt(tasks)
                 tasks.start_soon(self._warm_up)
+                tasks.start_soon(self._keep_cache)
                 tasks.start_soon(self._services.lookout.run)
                 tasks.start_soon(self._renew_leases)
                 tasks.start_soon(self._listen_for_cancels)
@@ -514,6 +524,12 @@ class Agent:
         except (FlowagentError, OSError) as error:
             self.log.error("the launcher does not start", error=str(error))
         self._warm.set()
+
+    async def _keep_cache(self) -> None:
+        await self._warm.wait()  # the first run is not to wait for it
+        while True:
+            await self.disk.keep(self._settings.cache_max_size, self._settings.cache_max_age)
+            await anyio.sleep(KEEP_EVERY * random.uniform(0.7, 1.3))  # noqa: S311 - jitter
 
     # -- stopping --------------------------------------------------------------------------------------
 

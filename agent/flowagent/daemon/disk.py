@@ -1,10 +1,14 @@
-"""The disk guard: an agent takes nothing new while a disk that it writes to is nearly full."""
+"""The disk guard: an agent takes nothing new while a disk that it writes to is nearly full.
+
+It also keeps the cache of sources and mirrors within its limits.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -12,7 +16,7 @@ import anyio
 from flowagent.daemon.log import Log
 from flowagent.errors import SourceCacheError
 from flowagent.runtime.limits import size
-from flowagent.sources import SourceCache
+from flowagent.sources.upkeep import Removed, Upkeep
 
 LOOK_EVERY = 5.0
 """Seconds that an answer holds for."""
@@ -28,7 +32,7 @@ class DiskGuard:
         self,
         directories: Sequence[Path],
         reserve: int,
-        sources: SourceCache,
+        cache: Upkeep,
         log: Log,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -36,13 +40,13 @@ class DiskGuard:
         self.low: str | None = None
         """What there is too little of, in words; None: there is room."""
         self._directories = directories
-        self._sources = sources
+        self._cache = cache
         self._log = log
         self._clock = clock
         self._looked = self._pruned = -float("inf")
 
     async def room(self) -> bool:
-        """Whether there is room for new runs; unused sources go to make it."""
+        """Whether there is room for new runs; unused sources, then unused mirrors, go to make it."""
         now = self._clock()
         if now - self._looked < LOOK_EVERY:
             return self.low is None
@@ -63,12 +67,17 @@ class DiskGuard:
         """Free bytes by directory, as far as they can be had."""
         found = {}
         for directory in self._directories:
-            try:
-                status = os.statvfs(directory)
-            except OSError:
-                continue
-            found[str(directory)] = status.f_bavail * status.f_frsize
+            if (free := _free(directory)) is not None:
+                found[str(directory)] = free
         return found
+
+    async def keep(self, max_bytes: int | None, max_age: float | None) -> None:
+        """Remove from the cache what is beyond its limits and used by nobody. ``max_age``: seconds."""
+        if max_bytes is None and max_age is None:
+            return
+        removed = await self._removed(lambda: self._cache.prune(max_bytes, max_age))
+        if removed is not None and (removed.sources or removed.mirrors):
+            self._log.info("kept the source cache within its limits", **_counts(removed))
 
     def _shortage(self) -> str | None:
         for directory, free in self.free().items():
@@ -77,13 +86,37 @@ class DiskGuard:
         return None
 
     async def _prune(self) -> None:
-        missing = max(self.reserve * MARGIN - free for free in self.free().values())
+        free = _free(self._cache.sources)
+        if free is None or free >= self.reserve:
+            return  # it is on another disk: the one that is nearly full would gain nothing
+        removed = await self._removed(partial(self._make_room, int(self.reserve * MARGIN - free)))
+        if removed is not None:
+            self._log.warning("pruned the source cache", **_counts(removed))
+
+    def _make_room(self, missing: int) -> Removed:
+        return self._cache.prune(max(0, self._cache.bytes() - missing), None)
+
+    async def _removed(self, prune: Callable[[], Removed]) -> Removed | None:
+        """What was removed; None: it failed."""
         try:
-            total = sum(entry.bytes for entry in await self._sources.entries())
-            removed = await self._sources.prune(max_bytes=max(0, int(total - missing)))
+            return await anyio.to_thread.run_sync(prune)
         except (OSError, SourceCacheError) as error:
             self._log.warning("the source cache cannot be pruned", error=str(error))
-            return
-        freed = sum(entry.bytes for entry in removed)
-        self._log.warning("pruned the source cache", sources=len(removed), freed=size(freed))
-        await anyio.lowlevel.checkpoint()
+            return None
+
+
+def _free(directory: Path) -> int | None:
+    """Free bytes on the disk of a directory; None: that cannot be had."""
+    try:
+        status = os.statvfs(directory)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize
+
+
+def _counts(removed: Removed) -> dict[str, object]:
+    return {
+        "sources": len(removed.sources),
+        "mirrors": len(removed.mirrors),
+        "freed": size(removed.bytes),
+    }

@@ -23,6 +23,14 @@ from flowagent.models import Json
 from flowagent.sources import collection, trees
 from flowagent.sources.entries import TEMPORARY, CacheEntry, Manifest, Place, boot, write_manifest
 
+_FULL = "free space there, or run: flowagent cache prune"
+_HINTS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.ENAMETOOLONG: "a path in the source is too long; shorten it",
+}
+"""What to do about errors of the cache's disk."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -244,7 +252,8 @@ def _check_entry(directory: Path, backend: str, revision: Revision) -> None:
 def _new_directory(root: Path) -> tuple[Path, int]:
     """A directory to fill, and the descriptor that keeps sweepers off as long as this process lives."""
     while True:
-        path = root / f"{TEMPORARY}{secrets.token_hex(8)}"
+        # Its name is not shorter than a key: what can be read here can be read where it is published.
+        path = root / f"{TEMPORARY}{secrets.token_hex(30)}"
         path.mkdir(mode=0o700)
         if (guard := locks.try_lock_directory(path)) is not None:  # else a sweeper saw it first
             return path, guard
@@ -272,6 +281,5 @@ def _reported(place: Place, backend: str, revision: str) -> Iterator[None]:
     except SourceCacheError as error:
         raise SourceCacheError(f"{what}: {error}") from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free space there, or run: flowagent cache prune" if full else "check that directory"
+        hint = _HINTS.get(error.errno or 0, "check that directory")
         raise SourceCacheError(f"{what}: {error.strerror or error}; {hint}") from error

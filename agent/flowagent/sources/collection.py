@@ -75,10 +75,11 @@ def sweep(root: Path) -> int:
     """Remove what no live process has locked; how many. What cannot be removed stays for the next time."""
     with os.scandir(root) as found:
         left = [root / entry.name for entry in found if entry.name.startswith(TEMPORARY)]
-    return sum(_swept(path) for path in left)
+    return sum(swept(path) for path in left)
 
 
-def _swept(path: Path) -> bool:
+def swept(path: Path) -> bool:
+    """Remove one of them; False: a live process has it, or it stays for the next time."""
     with suppress(OSError):
         lock = locks.try_lock_directory(path)
         if lock is not None:

@@ -7,12 +7,14 @@ its times when it was last used, and whose ``description`` says of what it is.
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from flowagent import locks
+from flowagent.errors import SourceCacheError
 from flowagent.sources import collection, trees
 from flowagent.sources.entries import TEMPORARY
 
@@ -38,7 +40,9 @@ def entries(root: Path) -> list[MirrorEntry]:
 
 def prune(root: Path, max_bytes: int | None, max_age: float | None) -> list[MirrorEntry]:
     """Remove mirrors that nobody works in, least recently used first, and say which: those not used for
-    ``max_age`` seconds, then as many as it takes to stay within ``max_bytes``."""
+    ``max_age`` seconds, then as many as it takes to stay within ``max_bytes``.
+
+    :raises SourceCacheError: one cannot be taken out."""
     known = entries(root)
     total = sum(entry.bytes for entry in known)
     removed = []
@@ -49,9 +53,27 @@ def prune(root: Path, max_bytes: int | None, max_age: float | None) -> list[Mirr
         if _collect(root, entry.key):
             removed.append(entry)
             total -= entry.bytes
-    if root.is_dir():
-        collection.sweep(root)
+    sweep(root)
     return removed
+
+
+def sweep(root: Path) -> int:
+    """Remove what killed processes left of mirrors, made or removed by half; how many."""
+    if not root.is_dir():
+        return 0
+    left = list(root.glob(f"{TEMPORARY}*"))
+    return sum(not _worked_at(path) and collection.swept(path) for path in left)
+
+
+def _worked_at(left: Path) -> bool:
+    """Whether somebody holds the lock of the mirror that ``.tmp-<key>-<random>`` is of.
+
+    Who makes one takes that lock first, and the lock of the directory itself only when it is there."""
+    key = left.name.removeprefix(TEMPORARY).partition("-")[0]
+    try:
+        return locks.held(left.with_name(f"{key}.lock"))
+    except OSError:
+        return True  # nobody can tell
 
 
 def _entry(path: Path) -> MirrorEntry:
@@ -75,11 +97,16 @@ def _collect(root: Path, key: str) -> bool:
     lock = locks.try_lock(path, locks.EXCLUSIVE)
     if lock is None:
         return False
+    # a new name each time: something may be left at an old one
+    taken = root / f"{TEMPORARY}{key}-{secrets.token_hex(8)}"
     try:
-        taken = root / f"{TEMPORARY}{key}"
         with suppress(FileNotFoundError):
             os.rename(root / f"{key}{SUFFIX}", taken)
         path.unlink(missing_ok=True)  # who has it open finds out that it is not the one that is named
+    except OSError as error:
+        raise SourceCacheError(
+            f"mirror {root / key}{SUFFIX} cannot be removed: {error.strerror}; remove it by hand"
+        ) from error
     finally:
         os.close(lock)
     with suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -16,6 +17,7 @@ from flowagent.errors import SourceCacheError
 
 READ_ONLY = 0o555
 """Mode of directories and programs; below a home that only its owner can enter."""
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
@@ -93,22 +95,82 @@ def copy(root: Path, target: Path) -> None:
 
 
 def remove(root: Path) -> None:
-    """Remove a tree, read-only or not; another process may be removing it too. :raises OSError:"""
-    directories = [os.fspath(root)]
-    for directory in directories:  # grows on the way
-        with suppress(FileNotFoundError):
-            os.chmod(directory, 0o700)
-            with os.scandir(directory) as found:
-                entries = list(found)
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    directories.append(entry.path)
-                else:
-                    with suppress(FileNotFoundError):
-                        os.unlink(entry.path)
-    for directory in reversed(directories):
-        with suppress(FileNotFoundError):
-            os.rmdir(directory)
+    """Remove a tree, however deep, read-only or not; another process may be removing it too.
+
+    :raises OSError: some of it cannot be removed."""
+    with suppress(FileNotFoundError):
+        _empty(root)
+        os.rmdir(root)
+
+
+@dataclass
+class _Level:
+    """A directory on the way from the root of a removal down to where it is."""
+
+    name: str
+    identity: tuple[int, int]
+    directories: list[str]
+    """Names of those in it that are still to be removed."""
+
+
+def _empty(root: Path) -> None:
+    """Remove all that is in ``root``.
+
+    Names are relative to the one directory that is open, and the way back is ``..``: paths from the root may
+    be longer than the system takes, and the levels more than a process may have files open."""
+    here = _enter(os.fspath(root), None)
+    try:
+        way = [_Level("", _identity(here), _unlink_files(here))]
+        while way:
+            if way[-1].directories:
+                name = way[-1].directories.pop()
+                try:
+                    below = _enter(name, here)
+                except FileNotFoundError:
+                    continue
+                here = _instead_of(here, below)
+                way.append(_Level(name, _identity(here), _unlink_files(here)))
+                continue
+            emptied = way.pop()
+            if way:
+                here = _instead_of(here, os.open("..", _DIRECTORY, dir_fd=here))
+                if _identity(here) != way[-1].identity:
+                    raise OSError(errno.EAGAIN, "a directory in it was moved meanwhile", str(root))
+                with suppress(FileNotFoundError):
+                    os.rmdir(emptied.name, dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def _enter(name: str, parent: int | None) -> int:
+    """A descriptor of a directory, made writable first; a link is refused."""
+    seen = os.open(name, _DIRECTORY | os.O_PATH, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{seen}", 0o700)
+        return os.open(".", _DIRECTORY, dir_fd=seen)
+    finally:
+        os.close(seen)
+
+
+def _instead_of(old: int, new: int) -> int:
+    os.close(old)
+    return new
+
+
+def _identity(directory: int) -> tuple[int, int]:
+    status = os.fstat(directory)
+    return status.st_dev, status.st_ino
+
+
+def _unlink_files(directory: int) -> list[str]:
+    """Unlink all but the directories in it, and name those."""
+    with os.scandir(directory) as found:
+        entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in found]
+    for name, is_directory in entries:
+        if not is_directory:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+    return [name for name, is_directory in entries if is_directory]
 
 
 def _walk(root: Path) -> Iterator[tuple[str, str, os.stat_result]]:
