@@ -134,6 +134,7 @@ class HttpServer:
     redirects: dict[str, str] = field(default_factory=dict)  # of a path's beginning, to a URL
     protocol: bool = True  # whether protocol 2 is spoken
     failing: list[int] = field(default_factory=list)  # statuses of the next requests
+    duration: int = 0  # seconds that the answer to a fetch takes
 
     def url(self, name: str, login: str = "") -> str:
         return f"{self.scheme}://{login and login + '@'}127.0.0.1:{self.port}/{name}.git"
@@ -223,7 +224,14 @@ def _handler(server: HttpServer) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             with suppress(OSError):
-                self.wfile.write(content)
+                self._write(content, server.duration if headers.get("x-command") == "fetch" else 0)
+
+        def _write(self, content: bytes, duration: int) -> None:
+            each = len(content) // (duration * 4 + 1) + 1
+            for at in range(0, len(content), each):
+                if at:
+                    time.sleep(0.25)
+                self.wfile.write(content[at : at + each])
 
     return Handler
 

@@ -114,14 +114,17 @@ def test_loading_additional_files(site: Site, root: Path) -> None:
     assert newer in "".join(site.command("show", run).stdout for run in runs)
     sources = json.loads(site.command("cache", "ls", "--json").stdout)
     assert [entry["revision"] for entry in sources["sources"]] == [commit, newer]
-    assert [entry["what"] for entry in sources["mirrors"]] == ["Git: github.com/org/repo"]
+    assert [entry["what"] for entry in sources["mirrors"]] == [
+        "Git: github.com/org/repo (history)",  # that the flow is there was looked up when it was registered
+        "Git: github.com/org/repo",
+    ]
     assert "github.com/org/repo" in site.command("cache", "ls").stdout
     whole = "all sources are as they were published, and all mirrors whole\n"
     assert site.command("cache", "verify").stdout == whole
     for pack in site.home.glob("mirrors/*/objects/pack/*.pack"):
         pack.chmod(0o600)
         pack.write_bytes(pack.read_bytes()[:-30])
-    assert site.command("cache", "verify", code=1).stdout.startswith("discarded 1 mirror that had changed;")
+    assert site.command("cache", "verify", code=1).stdout.startswith("discarded 2 mirrors that had changed;")
     repository.write("person.txt", "Zaphod")
     repository.commit()
     assert "Hi Zaphod" in site.watch("my-hello-flow")
@@ -253,3 +256,35 @@ def test_what_cannot_be_fetched_ends_the_run_with_one_line(site: Site, root: Pat
         "the flow could not be fetched: Git: github.com/org/gone has no branch 'main'; there are trunk"
         in printed
     )
+
+
+def test_a_slow_fetch_is_told_of_and_a_token_is_not(site: Site, root: Path) -> None:
+    token = "t0p-s3cret-t0ken"
+    repository = Repository.make(root / "repos", "org/slow", flow="1")
+    repository.write("large.bin", os.urandom(300_000))
+    repository.write(
+        "flow.py",
+        "from flowagent import flow\nfrom flowagent.storage import Git\n"
+        "@flow(storage=Git('flow.py', git_clone_url_secret_name='CLONE_URL'))\n"
+        "def slow():\n    print('done')\n",
+    )
+    repository.commit()
+    with http_server(root / "repos", logins={"me": token}, duration=12) as server:
+        site.environment["NO_PROXY"] = "127.0.0.1"
+        site.command("register", repository.work / "flow.py")
+        secret = {"FLOWAGENT_SECRET_CLONE_URL": server.url("org/slow", f"me:{token}")}
+        agent = site.start("--log-level", "debug", **secret)
+        assert "done" in site.watch("slow")
+        assert site.stop(agent) == 0
+        told = [
+            line for line in map(json.loads, site.log(agent).splitlines()) if line["event"] == "still at work"
+        ]
+        assert told and told[0]["what"].endswith("/org/slow") and told[0]["seconds"] >= 10
+        server.logins["me"] = "another"
+        repository.commit(flow="2")
+        agent = site.start("--log-level", "debug", **secret)
+        assert "access is refused" in site.watch("slow", code=3)
+    for file in site.home.rglob("*"):
+        if file.is_file():
+            assert token.encode() not in file.read_bytes(), file
+    assert token not in site.log(agent)

@@ -416,6 +416,30 @@ async def test_sparse_paths_and_only_their_contents(http_git: HttpServer, root: 
     assert "other/big.bin" in await here.tree(whole)
 
 
+async def test_a_sparse_path_that_is_not_there_is_named(root: Path, here: Place) -> None:
+    repository = Repository.make(root, "org/typo", flow="1")
+    repository.write("sql/daily/a.sql", "select 1")
+    repository.write("sq", "1")
+    repository.commit()
+    for path, near in (("sql/dayly", "sql/daily"), ("sql/daily/b.sql", "sql/daily/a.sql"), ("sq/l", "sq")):
+        with pytest.raises(StorageNotFoundError, match=f"has no '{path}', named in sparse=.*{near}"):
+            await here.tree(here.of(f"file://{repository.bare}", sparse=["flow.py", "sql", path]))
+
+
+async def test_sparse_paths_and_submodules(http_git: HttpServer, root: Path, here: Place) -> None:
+    inner = Repository.make(root / "repos", "org/part", inner="1")
+    repository = Repository.make(root / "repos", "org/parts", flow="1", other="x" * 5000)
+    repository.write(".gitmodules", '[submodule "a"]\n\tpath = lib/a\n\turl = ../part.git\n')
+    git("update-index", "--add", "--cacheinfo", f"160000,{inner.head},lib/a", cwd=repository.work)
+    git("add", ".gitmodules", cwd=repository.work)
+    git("commit", "-q", "-m", "with a submodule", cwd=repository.work)
+    repository.push()
+    storage = here.of(
+        http_git.url("org/parts", "me:s3cret%2541%40:/"), sparse=["flow.py", "lib"], submodules=True
+    )
+    assert await here.tree(storage) == {"flow.py", "lib/a/inner.py"}
+
+
 @pytest.mark.parametrize("depth", [1, 2, 0])
 async def test_a_first_contact_brings_as_much_history_as_asked(
     depth: int, http_git: HttpServer, root: Path, here: Place

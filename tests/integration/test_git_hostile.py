@@ -20,7 +20,13 @@ import pytest
 from gitplace import Place, place
 from tests.gitservers import HttpServer, Repository, git, http_server
 
-from flowagent.errors import BackendError, FlowagentError, SourceCacheError
+from flowagent.errors import (
+    BackendError,
+    FlowagentError,
+    SourceCacheError,
+    StorageNotFoundError,
+    StorageTransientError,
+)
 from flowagent_backends.git import remotes
 
 TOKEN = "t0p-s3cret-t0ken"
@@ -346,6 +352,7 @@ class LargeFiles:
 
     objects: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    failing: dict[str, int] = field(default_factory=dict)  # the status of "batch", "object" or "item"
 
 
 def _lfs(root: Path, store: LargeFiles) -> Any:
@@ -364,9 +371,14 @@ def _lfs(root: Path, store: LargeFiles) -> Any:
             if not self._allowed(self.headers.get("authorization", "")):
                 self._answer(401, {"LFS-Authenticate": 'Basic realm="lfs"'})
                 return
+            if "batch" in store.failing:
+                self._answer(store.failing["batch"])
+                return
             here = f"http://127.0.0.1:{described.port}/objects"
             found = [
                 {**item, "actions": {"download": {"href": f"{here}/{item['oid']}"}}}
+                if "item" not in store.failing
+                else {**item, "error": {"code": store.failing["item"], "message": "Object does not exist"}}
                 for item in json.loads(body)["objects"]
             ]
             self._send(
@@ -379,6 +391,9 @@ def _lfs(root: Path, store: LargeFiles) -> Any:
                 return
             oid = self.path.rpartition("/")[2]
             store.asked.append(oid)
+            if "object" in store.failing:
+                self._answer(store.failing["object"])
+                return
             self._send("application/octet-stream", store.objects[oid])
 
         def _send(self, kind: str, body: bytes) -> None:
@@ -435,6 +450,58 @@ async def test_large_files(here: Place, tmp_path: Path) -> None:
         repository.commit()
         with pytest.raises(BackendError):
             await here.hold(here.of(url, lfs=True))
+
+
+@pytest.mark.parametrize(
+    ("failing", "kind", "words"),
+    [
+        ({"batch": 401}, BackendError, "access is refused"),
+        ({"batch": 403}, BackendError, "access is refused"),
+        ({"batch": 404}, StorageNotFoundError, "large file '404.bin'"),
+        ({"batch": 503}, StorageTransientError, "large file '404.bin'"),
+        ({"object": 403}, BackendError, "access is refused"),
+        ({"object": 404}, StorageNotFoundError, "large file '404.bin'"),
+        ({"object": 500}, StorageTransientError, "large file '404.bin'"),
+        ({"item": 404}, StorageNotFoundError, "large file '404.bin'"),
+    ],
+    ids=str,
+)  # fmt: skip
+async def test_large_files_that_cannot_be_had(
+    failing: dict[str, int], kind: type[Exception], words: str, here: Place, tmp_path: Path
+) -> None:
+    content = os.urandom(50_000)
+    store = LargeFiles({hashlib.sha256(content).hexdigest(): content})
+    repository = Repository.make(tmp_path / "repos", "large", flow="1")
+    repository.write(".gitattributes", "*.bin filter=lfs diff=lfs merge=lfs -text\n")
+    repository.write("404.bin", pointer(content))
+    repository.commit()
+    with lfs_server(tmp_path / "repos", store) as server:
+        storage = here.of(server.url("large", f"me:{TOKEN}"), lfs=True)
+        assert await here.read(here.of(server.url("large", f"me:{TOKEN}"))) == "1"
+        (mirror,) = (here.home / "mirrors").glob("*.git")
+        before = mirror.stat().st_ino
+        store.failing = failing
+        with anyio.fail_after(60), pytest.raises(kind, match=words) as caught:
+            await here.read(storage)
+        print(caught.value)
+        assert mirror.stat().st_ino == before, "it was taken for a broken mirror"
+        store.failing = {}
+        assert await here.read(storage) == "1"
+
+
+async def test_large_files_count_before_they_come(tmp_path: Path) -> None:
+    contents = [os.urandom(1 << 20) for _ in range(12)]
+    store = LargeFiles({hashlib.sha256(content).hexdigest(): content for content in contents})
+    repository = Repository.make(tmp_path / "repos", "large", flow="1")
+    repository.write(".gitattributes", "*.bin filter=lfs diff=lfs merge=lfs -text\n")
+    for number, content in enumerate(contents):
+        repository.write(f"{number}.bin", pointer(content))
+    repository.commit()
+    with lfs_server(tmp_path / "repos", store) as server:
+        async with place(tmp_path / "home", max_source=4 << 20) as here:
+            with pytest.raises(BackendError, match="more than this agent takes"):
+                await here.read(here.of(server.url("large", f"me:{TOKEN}"), lfs=True))
+            assert not store.asked
 
 
 async def test_large_files_without_git_lfs(here: Place, tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ class _Request:
         """Whether contents of files come apart from history: they are not needed for all of it."""
         return bool(self.paths) or self.depth != 1
 
+    @property
+    def needed(self) -> Sequence[str]:
+        """What is read of the commit; all of it if that is empty."""
+        return (*self.paths, ".gitmodules") if self.paths and self.submodules else self.paths
+
 
 @dataclass
 class _Room:
@@ -191,7 +196,7 @@ class GitBackend(CodeOnly):
 
             async def write(filtered: bool) -> checkout.Listing:
                 await self._bring(mirror, request, filtered)
-                await mirror.complete(commit, request.paths, limit)
+                await mirror.complete(commit, request.needed, limit)
                 return await checkout.check_out(
                     mirror, commit, directory, request.paths, lfs, limit=limit, room=room.bytes
                 )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
 
-from flowagent.errors import BackendError
+from flowagent.errors import BackendError, StorageNotFoundError
+from flowagent.hints import near_path
 from flowagent_backends.git.mirrors import Mirror
 from flowagent_backends.git.program import Call, Git, MirrorError, first_error
 from flowagent_backends.git.remotes import Remote
@@ -20,6 +22,11 @@ INDEX = "tmp_index"  # a name that is mended away, should git be killed
 ATTRIBUTES = "* -text -ident -working-tree-encoding\n"
 """Files are what is stored, as other storages have them; no commit chooses a converter."""
 LFS = "git-lfs"
+POINTER = 1024
+"""Bytes that a pointer to a large file has at the most, as git-lfs has it."""
+_POINTER = re.compile(
+    rb"version https://git-lfs\.github\.com/spec/v1\n(?:[^\n]*\n){0,20}?size (?P<size>\d{1,18})\n"
+)
 _SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\*?[]!# "})
 
 
@@ -32,11 +39,23 @@ class Listing:
     submodules: tuple[tuple[str, str], ...]
 
 
-async def _listing(mirror: Mirror, commit: str, paths: Sequence[str], limit: int) -> Listing:
+async def _listing(
+    mirror: Mirror, commit: str, paths: Sequence[str], limit: int, *, lfs: bool = False
+) -> Listing:
     chosen = ["--", *paths] if paths else []
-    counting = _Counting(f"{mirror.remote.what}: commit {commit[:12]}", limit)
+    counting = _Counting(f"{mirror.remote.what}: commit {commit[:12]}", limit, set(paths))
     listed = ("--literal-pathspecs", "ls-tree", "-r", "-l", "-z", "--full-tree", commit, *chosen)
     await mirror.git(*listed, take=counting.take)
+    if counting.unmet:
+        path = min(counting.unmet)
+        names = await mirror.git("ls-tree", "-r", "-t", "-z", "--name-only", "--full-tree", commit)
+        known = names.decode("utf-8", "surrogateescape").split("\0")
+        raise StorageNotFoundError(
+            f"{counting.what} has no {path!r}, named in sparse={near_path(path, known)}"
+        )
+    if lfs and counting.small:
+        asked = "".join(f"{oid}\n" for oid in counting.small).encode()
+        await mirror.git("cat-file", "--batch", stdin=asked, take=_Pointers(counting.add).take)
     return Listing(counting.files, counting.size, tuple(counting.submodules))
 
 
@@ -46,29 +65,65 @@ class _Counting:
 
     what: str
     limit: int
+    unmet: set[str]
+    """Of the paths that were asked for, those that nothing is at or below."""
     files: int = 0
     size: int = 0
     submodules: list[tuple[str, str]] = field(default_factory=list)
+    small: set[str] = field(default_factory=set)
+    """Files that may be pointers to large ones."""
     _rest: bytes = b""
 
     def take(self, data: bytes) -> None:
         *entries, self._rest = (self._rest + data).split(b"\0")
         for entry in entries:
-            about, _, path = entry.partition(b"\t")
+            about, _, name = entry.partition(b"\t")
             _, kind, oid, size = about.split()
+            path = name.decode("utf-8", "surrogateescape")
             if kind == b"commit":
-                self.submodules.append((path.decode("utf-8", "surrogateescape"), oid.decode()))
+                self.submodules.append((path, oid.decode()))
             elif not size.isdigit():
                 raise MirrorError(f"{self.what} is not whole: git knows no size of {oid.decode()}")
             else:
                 self.size += int(size)
+                if int(size) <= POINTER:
+                    self.small.add(oid.decode())
             self.files += 1
+            self.unmet -= {wanted for wanted in self.unmet if f"{path}/".startswith(f"{wanted}/")}
+        self.check()
+
+    def add(self, size: int) -> None:
+        """Count bytes that are kept elsewhere."""
+        self.size += size
+        self.check()
+
+    def check(self) -> None:
         if self.size > self.limit or self.files > MOST_FILES:
             held = f"{self.files} files, {self.size >> 20} MB or more"
             raise BackendError(
                 f"{self.what} has more than this agent takes: {held}; name what is needed with sparse=, "
                 "or see max_source in its configuration"
             )
+
+
+@dataclass
+class _Pointers:
+    """Finds pointers of git-lfs in what ``git cat-file --batch`` prints: how large are their files?"""
+
+    found: Callable[[int], None]
+    _rest: bytes = b""
+
+    def take(self, data: bytes) -> None:
+        self._rest += data
+        at = 0
+        while (end := self._rest.find(b"\n", at)) >= 0:
+            size = int(self._rest[at:end].rpartition(b" ")[2])
+            if len(self._rest) < end + size + 2:
+                break
+            if pointer := _POINTER.match(self._rest, end + 1, end + 1 + size):
+                self.found(int(pointer["size"]))
+            at = end + size + 2
+        self._rest = self._rest[at:]
 
 
 async def check_out(
@@ -85,11 +140,15 @@ async def check_out(
     get those that it keeps; ``limit``: bytes of one file; ``room``: of all.
 
     :raises BackendError: it holds more than that."""
+    if lfs:  # all is counted before the first of them comes
+        listed = await _listing(mirror, commit, paths, room, lfs=True)
+        await _write(mirror, commit, directory, paths, lfs, limit)
+        return listed
     failed: list[BackendError] = []
 
     async def write() -> None:
         try:
-            await _write(mirror, commit, directory, paths, lfs, limit)
+            await _write(mirror, commit, directory, paths, (), limit)
         except BackendError as error:
             failed.append(error)  # what the listing says of the commit is worth more
 
@@ -188,4 +247,6 @@ async def lfs_config(git: Git, remote: Remote) -> list[tuple[str, str]]:
         ("lfs.activitytimeout", "30"),
         ("lfs.dialtimeout", "30"),
         ("lfs.locksverify", "false"),
+        ("lfs.transfer.maxretries", "2"),
+        ("lfs.transfer.maxretrydelay", "1"),
     ]

@@ -44,9 +44,12 @@ _LEFT = re.compile(r"tmp_|\.tmp-|.*\.keep$")
 class Mirror:
     """The mirror of one remote, locked: nobody else works in it as long as this object is in use."""
 
-    def __init__(self, path: Path, remote: Remote, git: Git, transport: Transport, lock: int) -> None:
+    def __init__(
+        self, path: Path, remote: Remote, title: str, git: Git, transport: Transport, lock: int
+    ) -> None:
         self.path = path
         self.remote = remote
+        self.title = title
         self._git = git
         self._transport = transport
         self.lock = lock
@@ -220,7 +223,8 @@ class Mirrors:
                 with reported(remote, path):
                     os.utime(lock)
                     await to_thread.run_sync(_mend, path)
-                mirror = Mirror(path, remote, self._git, self._transport, lock)
+                title = remote.what + (" (history)" if history else "")
+                mirror = Mirror(path, remote, title, self._git, self._transport, lock)
                 if not path.is_dir():
                     await self._make(mirror, sha256)
                 try:
@@ -276,7 +280,7 @@ class Mirrors:
         try:
             await self._git.run(Call(words, what=mirror.remote.what, descriptors=(mirror.lock,)))
             with reported(mirror.remote, mirror.path):
-                (temporary / "description").write_text(f"{mirror.remote.what}\n", "utf-8", "replace")
+                (temporary / "description").write_text(f"{mirror.title}\n", "utf-8", "replace")
                 await to_thread.run_sync(os.rename, temporary, mirror.path)
         finally:
             with anyio.CancelScope(shield=True):

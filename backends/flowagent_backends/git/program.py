@@ -98,6 +98,11 @@ _UNWRITTEN = re.compile(
     r"unable to (write|create) (file|symlink) |cannot create directory at|unable to stat just-written file"
     r"|invalid path '|File name too long",
 )
+_LARGE_FILE = re.compile(
+    r"Smudge error: (Error downloading (?P<path>.*) \([0-9a-f]{64}\): )?(?P<said>.*)|smudge filter lfs failed"
+)
+_LARGE_REFUSED = re.compile(r"Authorization error|Authentication required|\b(401|403)\b|[Cc]redentials")
+_LARGE_MISSING = re.compile(r"[Nn]ot found|does not exist|\b(404|410)\b")
 _TOO_LARGE = re.compile(r"File too large|SIGXFSZ|signal 25|file size limit", re.I)
 _NOISE = re.compile(
     r"^(hint:|remote: (Enumerating|Counting|Compressing|Total)|Receiving|Resolving|Updating|warning:)"
@@ -222,7 +227,9 @@ class Git:
                 config.append(("protocol.https.allow", "always"))  # where it may redirect to
         if credentials is not None and call.remote is not None:
             # asked for in a pipe, and only for this host: not in the environment, not after a redirect
-            helper = f'!f() {{ test "$1" = get && cat /proc/self/fd/{credentials}; }}; f'
+            file = f"/proc/self/fd/{credentials}"
+            # what was refused is not offered again: git-lfs would go on asking for it without an end
+            helper = f'!f() {{ case "$1" in get) cat {file};; erase) : >{file};; esac; }}; f'
             config.append((f"credential.{call.remote.origin}.helper", helper))
         env["GIT_CONFIG_COUNT"] = str(len(config))
         for number, (key, value) in enumerate(config):
@@ -345,6 +352,9 @@ def failure(remote: Remote | None, what: str, code: int, errors: str) -> Backend
         if re.search("invalid path|File name too long", line):
             hint = "such a commit is not checked out"
         return BackendError(f"{what}: it cannot be written: {line}; {hint}")
+    if large := _LARGE_FILE.search(errors):
+        name = f"large file {large['path']!r}" if large["path"] else "its large files"
+        return _large_file(remote, f"{what}: {name}", _clean(remote, large["said"] or said))
     if remote is None:
         return MirrorError(f"{what}: git failed: {said}")
     if _NO_REF.search(errors):
@@ -360,6 +370,15 @@ def failure(remote: Remote | None, what: str, code: int, errors: str) -> Backend
     if _NETWORK.search(errors):
         return StorageTransientError(f"{what}: it cannot be reached: {said}; try again later")
     return MirrorError(f"{what}: git failed: {said}")
+
+
+def _large_file(remote: Remote | None, what: str, said: str) -> BackendError:
+    """For what git-lfs said: the mirror has its pointers, so a new mirror would not help."""
+    if _LARGE_REFUSED.search(said):
+        return refused(remote, what, said)
+    if _LARGE_MISSING.search(said):
+        return StorageNotFoundError(f"{what}: its server has not got it: {said}; try git lfs push --all")
+    return StorageTransientError(f"{what}: it cannot be had: {said}; try again later")
 
 
 def not_found(remote: Remote | None, what: str) -> BackendError:
@@ -387,7 +406,11 @@ def _last_line(remote: Remote | None, errors: str) -> str:
     lines = [one_line(line) for line in re.split(r"[\r\n]+", errors)]
     told = [line for line in lines if line and not _NOISE.match(line)]
     fatal = [line for line in told if re.match(r"(fatal|error|ERROR|remote): ", line)] or told
-    line = _URL.sub(r"\g<scheme>", fatal[-1] if fatal else "")
+    return _clean(remote, fatal[-1] if fatal else "")
+
+
+def _clean(remote: Remote | None, line: str) -> str:
+    line = _URL.sub(r"\g<scheme>", one_line(line))
     for private in remote.private if remote else ():
         line = line.replace(private, "***") if private else line
     return line

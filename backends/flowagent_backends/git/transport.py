@@ -116,6 +116,7 @@ class Transport:
 
             def heard(line: str) -> None:
                 nonlocal done
+                advance(0)  # it is alive, whatever it says
                 if found := _RECEIVED.search(line):
                     received = int(float(found[1]) * _UNITS[found[2]])
                     advance(max(0, received - done))
