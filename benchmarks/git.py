@@ -2,10 +2,11 @@
 
     python benchmarks/git.py [--rounds 10] [--files 2000] [--commits 200] [--root DIR]...
 
-Servers on loopback: git's own HTTP backend with a password, and an sshd, which cost all rows alike. For each
-transport, in one run and in turns: a commit that is cached, found by its branch and pinned; a new commit of a
-known repository; a first contact; against ``git ls-remote``, ``git clone --depth 1``, a full clone, and the
-floor of a new commit: fetch into a bare mirror, read-tree, checkout-index. Milliseconds, minimum and median.
+Servers on loopback: git's own HTTP backend behind TLS and a password, and an sshd, which cost all rows alike.
+For each transport, in one run and in turns: a commit that is cached, found by its branch and pinned; a fetch
+with nothing new, by flowagent and by git, for ssh with the ssh client; a new commit of a known repository; a
+first contact; against ``git ls-remote``, ``git clone --depth 1``, a full clone, and the floor of a new
+commit: fetch into a bare mirror, read-tree, checkout-index. Milliseconds, minimum and median.
 ``--root``: where mirrors, sources and clones are; by default a directory on disk and one in /dev/shm.
 """
 
@@ -29,7 +30,18 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "integration")]
 
 from gitplace import Place, place  # noqa: E402
-from tests.gitservers import CLEAN, HttpServer, Repository, SshServer, git, http_server, sshd  # noqa: E402
+from tests.gitservers import (  # noqa: E402
+    CLEAN,
+    HttpServer,
+    Repository,
+    SshServer,
+    certificate,
+    git,
+    http_server,
+    sshd,
+)
+
+from flowagent_backends.git import remotes  # noqa: E402
 
 LOGIN = {"bench": "password"}
 
@@ -87,8 +99,10 @@ async def measure(
     quiet = ("-c", "gc.auto=0", "-c", "maintenance.auto=false")
     fetch = ("-C", str(bare), *quiet, "fetch", "-q", "--no-tags", url, "+refs/heads/main:refs/heads/main")
     await program(*fetch, env=env)
-    async with place(root / "known", environ={"HOME": str(home)}) as here:
+    environ = {"HOME": str(home)}
+    async with place(root / "known", environ=environ) as here:
         await hold(here, url)
+        await nothing_new(here, url, [])
         for number in range(rounds):
             pinned = {"commit": repository.head}
             await rows.take("same commit again", lambda: hold(here, url))
@@ -97,6 +111,8 @@ async def measure(
             await rows.take(
                 "  git ls-remote", lambda: program("ls-remote", "-q", url, "refs/heads/main", env=env)
             )
+            await nothing_new(here, url, rows.times.setdefault("fetch with nothing new", []))
+            await rows.take("  git fetch with nothing new", lambda: program(*fetch, env=env))
             repository.write("flow.py", f"new {number} {random.random()}")
             repository.commit()
             await rows.take("new commit", lambda: hold(here, url))
@@ -114,7 +130,7 @@ async def measure(
             await rows.take("  git clone --depth 1", lambda: clone(root, url, env, "--depth", "1"))
             if number < 3:
                 await rows.take("  git clone", lambda: clone(root, url, env))
-                async with place(root / f"first-{number}", environ={"HOME": str(home)}) as other:
+                async with place(root / f"first-{number}", environ=environ) as other:
                     await rows.take("first contact", lambda other=other: hold(other, url))
                 await asyncio.to_thread(
                     os.system, f"chmod -R u+w {root}/first-{number} && rm -rf {root}/first-{number}"
@@ -125,6 +141,15 @@ async def measure(
 async def hold(here: Place, url: str, **options: Any) -> None:
     _, source = await here.hold(here.of(url, **options))
     source.close()
+
+
+async def nothing_new(here: Place, url: str, times: list[float]) -> None:
+    """A fetch alone, in a mirror that has all that it can bring, or will have from then on."""
+    remote = remotes.of_storage(here.of(url), here.backend._context.secrets)
+    async with here.backend._mirrors.open(remote, history=True) as mirror:
+        began = time.perf_counter()
+        await mirror.fetch_history(1 << 33)
+        times.append((time.perf_counter() - began) * 1000)
 
 
 async def clone(root: Path, url: str, env: dict[str, str], *options: str) -> None:
@@ -147,14 +172,15 @@ def main() -> None:
         base.chmod(0o755)
         repository = Repository.make(base / "repos", "org/bench")
         fill(repository, options.files, options.commits)
-        http: HttpServer = stack.enter_context(http_server(base / "repos", logins=LOGIN))
+        http: HttpServer = stack.enter_context(http_server(base / "repos", certificate(base), logins=LOGIN))
         ssh: SshServer = stack.enter_context(sshd(base / "repos", base / "client" / ".ssh"))
         known = base / "client" / ".ssh"
         command = f"ssh -o BatchMode=yes -o UserKnownHostsFile={known}/known_hosts -i {known}/id_ed25519"
-        env = {**CLEAN, "GIT_SSH_COMMAND": command}
+        os.environ["SSL_CERT_FILE"] = str(base / "cert.pem")
+        env = {**CLEAN, "GIT_SSH_COMMAND": command, "GIT_SSL_CAINFO": str(base / "cert.pem")}
         for parent in options.root or [Path("/var/tmp"), Path("/dev/shm")]:
             for name, url in (
-                ("http", http.url("org/bench", "bench:password")),
+                ("https", http.url("org/bench", "bench:password")),
                 ("ssh", ssh.url("org/bench")),
             ):
                 root = Path(tempfile.mkdtemp(prefix="flowagent-bench-", dir=parent))
@@ -165,7 +191,11 @@ def main() -> None:
                 rows.show(f"{name}, {parent}: {options.files} files, {options.commits} commits")
                 new = rows.ratio("new commit", "  bare fetch, read-tree, checkout-index")
                 again = rows.ratio("same commit again", "  git clone --depth 1")
-                print(f"new commit / floor: {new:.2f}; same commit / clone --depth 1: {again:.4f}")
+                idle = rows.ratio("fetch with nothing new", "  git fetch with nothing new")
+                print(
+                    f"new commit / floor: {new:.2f}; same commit / clone --depth 1: {again:.4f}; "
+                    f"fetch with nothing new / by git: {idle:.2f}"
+                )
 
 
 if __name__ == "__main__":
