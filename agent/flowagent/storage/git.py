@@ -10,8 +10,17 @@ from flowagent.flows.declarations import count, flag, names, text
 from flowagent.flows.errors import FlowError
 from flowagent.storage.base import Storage
 
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?")
+_PLACE = re.compile(
+    r"(?:[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?"
+)
+_PREFIX = re.compile(r"[A-Za-z0-9._~%/-]*")
 _REPO = re.compile(r"[A-Za-z0-9._~][^\s\\:?#*\[\]\x00-\x1f\x7f]*")
+_USER = r"[A-Za-z0-9_][A-Za-z0-9._+-]*"
+_URL = re.compile(
+    rf"(?:https://|ssh://{_USER}@)(?P<place>[^/@]+)/(?P<path>.+)"
+    rf"|{_USER}@(?P<host>[^/@:\[]+|\[[^\]]+\]):(?P<short>[^:-].*)"
+)
+_NO_PATH = re.compile(r"[\s\\?#\x00-\x1f\x7f]|(?:^|/)\.\.(?:/|$)")
 _COMMIT = re.compile(r"[0-9a-fA-F]{4,64}")
 BAD_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|^[./-]|[./]$|\.lock$|\.lock/")
 """What a name of a ref cannot have (git-check-ref-format)."""
@@ -20,11 +29,12 @@ BAD_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|^[./-]|[./]$|\.l
 class Git(Storage):
     """The script ``flow_path`` of a repository, as it is on a branch, at a tag or at a commit.
 
-    ``repo`` is ``"org/repo"`` on ``repo_host``, which may have a port and a path; any other address is the
-    value of the secret ``git_clone_url_secret_name``. Without ``branch_name``, ``tag`` and ``commit``, it is
-    the branch that the repository's HEAD names. The secret ``git_token_secret_name`` is a token, used
-    with ``git_token_username`` (by default the owner of the repository; with ``format_access_token=False``
-    the token itself is the user name); with ``use_ssh`` the agent's keys are used.
+    ``repo`` is ``"org/repo"`` on ``repo_host``, which may have a port and a path, or a URL that is used as it
+    is: ``https://host/path``, ``ssh://user@host/path`` or ``user@host:path``; any other address is the value
+    of the secret ``git_clone_url_secret_name``. Without ``branch_name``, ``tag`` and ``commit``, it is the
+    branch that the repository's HEAD names. The secret ``git_token_secret_name`` is a token, used with
+    ``git_token_username`` (by default the owner of the repository; with ``format_access_token=False`` the
+    token is used as it is, as ``user:password`` or as a user name); over ssh the agent's keys are used.
 
     ``clone_depth`` commits of history come with the first contact; 0: all. ``sparse`` names the directories
     and files that are needed, if not all are. ``checkout="private"`` gives each run a copy it may write to.
@@ -121,19 +131,23 @@ class Git(Storage):
                 raise FlowError(
                     f"storage Git: the URL in git_clone_url_secret_name= says all; leave out {also[0]}="
                 )
-        if self.repo and (not _REPO.fullmatch(self.repo) or ".." in self.repo.split("/")):
+        if self.repo and not _is_repo(self.repo):
             raise FlowError(
-                f"storage Git: repo is a path such as 'org/repo'; got {self.repo!r} "
-                "(a whole URL goes into a secret, see git_clone_url_secret_name=)"
+                "storage Git: repo is a path such as 'org/repo', or a URL such as https://host/org/repo or "
+                f"git@host:org/repo; got {_shown(self.repo)} (any other address, and one with a password, "
+                "goes into a secret, see git_clone_url_secret_name=)"
             )
-        host = _HOST.fullmatch(self.repo_host)
-        if not host or ".." in self.repo_host or int((host[2] or ":0")[1:]) > 65535:
+        if not _is_host(self.repo_host):
             raise FlowError(
-                "storage Git: repo_host is a host such as 'git.example.com' or 'example.com:8443/prefix'; "
-                f"got {self.repo_host!r}"
+                "storage Git: repo_host is a host such as 'git.example.com', 'example.com:8443/prefix' or "
+                f"'[::1]:8443'; got {_shown(self.repo_host)}"
             )
-        if self.use_ssh and self.git_token_secret_name:
-            raise FlowError("storage Git: ssh uses keys; leave out git_token_secret_name=, or use_ssh=")
+        url = ":" in (self.repo or "")
+        if url and (self.use_ssh or self.repo_host != "github.com"):
+            raise FlowError("storage Git: the URL in repo= says all; leave out repo_host= and use_ssh=")
+        ssh = self.use_ssh or (url and not str(self.repo).startswith("https:"))
+        if ssh and self.git_token_secret_name:
+            raise FlowError("storage Git: ssh uses keys; leave out git_token_secret_name=, or use https")
         if self.git_token_username and not self.git_token_secret_name:
             raise FlowError("storage Git: git_token_username= needs the token: give git_token_secret_name=")
 
@@ -162,6 +176,41 @@ def inner_path(value: str, what: str) -> str:
 def is_below(path: str, directory: str) -> bool:
     """Whether a path is this directory, or in it."""
     return path == directory or path.startswith(directory + "/")
+
+
+def _is_repo(repo: str) -> bool:
+    """Whether this is a path, or a URL without a password."""
+    if ":" not in repo:
+        return bool(_REPO.fullmatch(repo)) and ".." not in repo.split("/")
+    found = _URL.fullmatch(repo)
+    if found is None or _NO_PATH.search(found["path"] or found["short"]):
+        return False
+    return _is_place(found["place"] or found["host"])
+
+
+def _is_host(host: str) -> bool:
+    place, _, prefix = host.partition("/")
+    return _is_place(place) and bool(_PREFIX.fullmatch(prefix)) and ".." not in host
+
+
+def _is_place(place: str) -> bool:
+    """Whether this is a host, or a host and a port."""
+    found = _PLACE.fullmatch(place)
+    if found is None or not 0 < int(found["port"] or 1) < 65536:
+        return False
+    if found["ipv6"]:
+        from ipaddress import IPv6Address  # which takes milliseconds to import
+
+        try:
+            IPv6Address(found["ipv6"])
+        except ValueError:
+            return False
+    return True
+
+
+def _shown(address: str) -> str:
+    """As an error may show it: a password may be before an @, or in a query."""
+    return repr(re.sub(r"(?s)^(\w+://)?.*(?=@)|(?<=\?).*", r"\1***", address))
 
 
 def _ref(value: str | None, name: str) -> str | None:

@@ -226,11 +226,14 @@ class Git:
             if call.remote.scheme == "http":
                 config.append(("protocol.https.allow", "always"))  # where it may redirect to
         if credentials is not None and call.remote is not None:
-            # asked for in a pipe, and only for this host: not in the environment, not after a redirect
+            # asked for in a pipe, and only for this host: not in the environment, not after a redirect. The
+            # helper looks at the host itself: git takes none with an underscore for credential.<url>
             file = f"/proc/self/fd/{credentials}"
+            asked = f"'protocol={call.remote.scheme}' | 'host={call.remote.place}'"
+            ours = f'n=0; while read -r l; do case "$l" in {asked}) n=$((n + 1)) ;; esac; done; test $n = 2'
             # what was refused is not offered again: git-lfs would go on asking for it without an end
-            helper = f'!f() {{ case "$1" in get) cat {file};; erase) : >{file};; esac; }}; f'
-            config.append((f"credential.{call.remote.origin}.helper", helper))
+            helper = f'!f() {{ {ours} && case "$1" in get) cat {file} ;; erase) : >{file} ;; esac; }}; f'
+            config.append(("credential.helper", helper))
         env["GIT_CONFIG_COUNT"] = str(len(config))
         for number, (key, value) in enumerate(config):
             env[f"GIT_CONFIG_KEY_{number}"] = key

@@ -13,8 +13,14 @@ from flowagent.models import Json
 from flowagent.secrets import SecretProvider
 
 SCHEMES = ("https", "http", "ssh", "git", "file")
-_SCP = re.compile(r"(?:(?P<user>[^@:/\s]+)@)?(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):(?P<path>[^\s].*)")
-_ANY_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|[0-9A-Fa-f:.]+")
+USUAL = {"https": 443, "http": 80}
+"""Ports that go without saying, and that HTTP clients leave out."""
+TOKEN = 8
+"""Characters that a token has, at least."""
+_SCP = re.compile(r"(?:(?P<user>[^@:/\s-][^@:/\s]*)@)?(?P<host>[^@:/\s\[\]]+|\[[^\]]+\]):(?P<path>[^\s:-].*)")
+_ANY_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?|[0-9A-Fa-f:.]+")
+_BEFORE_PATH = re.compile(r"[a-z]+://[^/]*|[^/:\[]*(\[[^\]]*\])?:|")
+_BARE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -39,16 +45,25 @@ class Remote:
     @property
     def origin(self) -> str:
         """The part of the URL that credentials belong to."""
-        return f"{self.scheme}://{_bracketed(self.host)}" + (f":{self.port}" if self.port else "")
+        return f"{self.scheme}://{self.place}"
+
+    @property
+    def place(self) -> str:
+        """The host, with a port that is not the usual one."""
+        return _bracketed(self.host) + (f":{self.port}" if self.port else "")
 
     @property
     def private(self) -> tuple[str, ...]:
         """What must be shown nowhere, in the forms in which a server may repeat it."""
-        bare = self.password or (self.user if self.scheme.startswith("http") else "")
+        user = self.user if self.scheme.startswith("http") else ""
+        if self.password and (len(user) < TOKEN or user in self.url):
+            user = ""  # just a name
+        bare = [part for part in (self.password, user) if part]
         if not bare:
             return ()
         login = b64encode(f"{self.user}:{self.password}".encode()).decode()
-        return tuple(dict.fromkeys((login, bare, quote(bare), quote(bare, ""))))
+        forms = (form for part in bare for form in (part, quote(part), quote(part, "")))
+        return tuple(dict.fromkeys((login, *forms)))
 
 
 def of_storage(storage: Mapping[str, Json], secrets: SecretProvider) -> Remote:
@@ -60,34 +75,50 @@ def of_storage(storage: Mapping[str, Json], secrets: SecretProvider) -> Remote:
         return replace(
             remote, what=one_line(f"Git: {remote.what}"), secret=name, identity=f"{name}\0{remote.url}"
         )
-    host, repo = storage["repo_host"].rstrip("/"), storage["repo"].strip("/")
-    path = repo if repo.endswith(".git") else f"{repo}.git"
-    what = one_line(f"Git: {host}/{repo}")
-    if storage.get("use_ssh"):
-        name, slash, prefix = host.partition("/")
-        host, _, port = name.partition(":")
-        path = f"{prefix}/{path}" if slash else path
-        # the short form is relative to where the user git arrives; only the long one can have a port
-        url = f"ssh://git@{name}/{path}" if port else f"git@{host}:{path}"
-        path = f"/{path}" if port else path
-        return Remote(what, url, "ssh", host, int(port) if port else None, path, "git", identity=url)
-    parts = urlsplit(f"https://{host}/{quote(path)}")
-    remote = Remote(what, parts.geturl(), "https", parts.hostname or "", parts.port, parts.path)
+    url = address(storage)
+    remote = parse(url, one_line(url))
+    what = one_line(f"Git: {remote.place}/{remote.path.strip('/').removesuffix('.git')}")
+    if remote.scheme == "ssh":
+        return replace(remote, what=what, identity=remote.url)
     if secret := storage.get("git_token_secret_name"):
         token = secrets.get(secret).strip()
         if not token or _CONTROL.search(token):
             raise BackendError(f"{what}: secret {secret} is not a token; store it again, on one line")
-        user, password = _formatted(storage, token)
+        user, password = _login(storage, remote, token)
         remote = replace(remote, user=user, password=password, secret=secret)
-    return replace(
-        remote, identity=f"{remote.url}\0{secret or ''}\0{storage.get('git_token_username') or ''}"
-    )
+    identity = f"{remote.url}\0{secret or ''}\0{storage.get('git_token_username') or ''}"
+    return replace(remote, what=what, identity=identity)
 
 
-def _formatted(storage: Mapping[str, Json], token: str) -> tuple[str, str]:
+def address(storage: Mapping[str, Json]) -> str:
+    """The URL of a declaration that has none in a secret: ``repo``, or what it makes with ``repo_host``."""
+    repo: str = storage["repo"]
+    if ":" in repo:
+        return repo
+    host = storage["repo_host"].rstrip("/")
+    path = repo.strip("/").removesuffix(".git") + ".git"
+    if not storage.get("use_ssh"):
+        return f"https://{host}/{_encoded(path)}"
+    place, _, prefix = host.partition("/")
+    path = f"{prefix}/{path}" if prefix else path
+    # the short form is relative to where the user git arrives; only the long one can have a port
+    has_port = ":" in place.rpartition("]")[2]
+    return f"ssh://git@{place}/{path}" if has_port else f"git@{place}:{path}"
+
+
+def _login(storage: Mapping[str, Json], remote: Remote, token: str) -> tuple[str, str]:
+    """User and password."""
     if not storage.get("format_access_token", True):
-        return token, ""
-    return storage.get("git_token_username") or storage["repo"].strip("/").partition("/")[0], token
+        user, _, password = token.partition(":")
+        return user, password
+    repo = storage["repo"]
+    owner = unquote((remote.path if ":" in repo else repo).strip("/").partition("/")[0])
+    return storage.get("git_token_username") or owner, token
+
+
+def _encoded(path: str) -> str:
+    """A path as it can stand in a URL; what is encoded there already stays as it is."""
+    return quote(_BARE_PERCENT.sub("%25", path), safe="/%!$&'()*+,;=:@~")
 
 
 def parse(url: str, called: str) -> Remote:
@@ -108,10 +139,10 @@ def parse(url: str, called: str) -> Remote:
             f"Git: {called} starts with {scheme}://, which is not used; use {', '.join(SCHEMES)}"
         )
     if scheme.lower() == "file":
-        path = unquote(rest.removeprefix("localhost"))
-        if not path.startswith("/"):
+        place = rest.removeprefix("localhost")
+        if not place.startswith("/"):
             raise BackendError(f"Git: {called} names no absolute path; store file:///path/of/repository")
-        return Remote(f"file://{path}", f"file://{path}", "file", path=path)
+        return Remote(f"file://{unquote(place)}", f"file://{place}", "file", path=unquote(place))
     return _network(scheme.lower(), rest, called)
 
 
@@ -131,13 +162,19 @@ def _network(scheme: str, rest: str, called: str) -> Remote:
     user, password = unquote(user), unquote(password)
     if _CONTROL.search(user + password):
         raise BackendError(f"Git: {called} has control characters in its password; store it percent-encoded")
-    remote = Remote(f"{host}/{path.removesuffix('.git')}", "", scheme, host, port, f"/{path}", user, password)
+    what = f"{_bracketed(host)}/{path.rstrip('/').removesuffix('.git')}"
+    port = None if port == USUAL.get(scheme) else port
+    remote = Remote(what, "", scheme, host, port, "", user, password)
     if scheme == "ssh":
-        # as git does: /~user/repo is relative to that user's home
-        inner = path if path.startswith("~") else f"/{path}"
+        # as git does: what is encoded is decoded, and /~user/repo is relative to that user's home
+        inner = unquote(path)
+        if _CONTROL.search(inner):
+            raise BackendError(f"Git: {called} has control characters in its path; correct it")
         at = f"{quote(user)}@" if user else ""
-        return replace(remote, path=inner, password="", url=f"ssh://{at}{remote.origin[6:]}/{path}")
-    return replace(remote, url=f"{remote.origin}/{path}")
+        inner = inner if inner.startswith("~") else f"/{inner}"
+        return replace(remote, path=inner, password="", url=f"ssh://{at}{remote.place}/{path}")
+    path = f"/{_encoded(path.rstrip('/'))}"
+    return replace(remote, path=path, url=f"{remote.origin}{path}")
 
 
 def _place(authority: str, path: str) -> tuple[str, str, int | None, str] | None:
@@ -155,16 +192,12 @@ def _place(authority: str, path: str) -> tuple[str, str, int | None, str] | None
 
 def _scp(url: str, called: str) -> Remote:
     found = _SCP.fullmatch(url)
-    if found is None or url.partition(":")[2].startswith(":"):
+    if found is None or not _ANY_HOST.fullmatch(found["host"].strip("[]")):
         raise BackendError(
             f"Git: {called} is no URL of a repository; store one such as https://host/org/repo.git"
         )
     user, host, path = found["user"] or "", found["host"].strip("[]"), found["path"]
-    if user.startswith("-") or path.startswith("-"):
-        raise BackendError(
-            f"Git: {called} is no URL of a repository; store one such as git@host:org/repo.git"
-        )
-    what = f"{host}/{path.strip('/').removesuffix('.git')}"
+    what = f"{_bracketed(host)}/{path.strip('/').removesuffix('.git')}"
     return Remote(what, url, "ssh", host, None, path, user)
 
 
@@ -175,7 +208,7 @@ def of_submodule(parent: Remote, url: str, name: str) -> Remote:
     :raises BackendError: its URL is none that is followed."""
     called = f"the URL of submodule {one_line(name)!r}"
     if url.startswith(("./", "../")):
-        url = parent.url[: len(parent.url) - len(parent.path)] + _relative(parent, url, called)
+        url = _relative(parent, url, called)
     remote = parse(url, f"{called} of {parent.what.removeprefix('Git: ')}")
     if remote.scheme not in {"https", "ssh", parent.scheme}:
         raise BackendError(
@@ -191,8 +224,11 @@ def of_submodule(parent: Remote, url: str, name: str) -> Remote:
 
 
 def _relative(parent: Remote, url: str, called: str) -> str:
-    """The path, as git-submodule makes it: ``..`` takes a part off the parent's."""
-    path, rest = parent.path.rstrip("/"), url
+    """The URL, as git-submodule makes it: ``..`` takes a part off the parent's path."""
+    before = _BEFORE_PATH.match(parent.url)
+    assert before is not None
+    whole, rest = parent.url[before.end() :], url
+    path = whole.rstrip("/")
     while True:
         if rest.startswith("./"):
             rest = rest[2:]
@@ -204,10 +240,7 @@ def _relative(parent: Remote, url: str, called: str) -> str:
             break
     if not rest or ".." in rest.split("/") or _CONTROL.search(rest):
         raise BackendError(f"{parent.what}: {called} is no URL of a repository; correct .gitmodules")
-    moved = f"{path}/{rest}" if path or parent.path.startswith("/") else rest
-    if not parent.url.endswith(parent.path):
-        raise BackendError(f"{parent.what}: {called} cannot be followed from {parent.url}; give a whole URL")
-    return moved
+    return before[0] + (f"{path}/{rest}" if path or whole.startswith("/") else rest)
 
 
 def _bracketed(host: str) -> str:
