@@ -1,13 +1,13 @@
 """SSH without an ssh client: one connection for each host and key, kept and shared by many fetches.
 
-What OpenSSH's files say holds: ``config`` (Host, HostName, Port, User, IdentityFile, ProxyJump …),
-``known_hosts``, the keys of ``~/.ssh`` and an agent's socket. Host keys are checked always.
+What OpenSSH's files say holds: ``config``, ``known_hosts``, the keys of ``~/.ssh`` and an agent's socket.
+Host keys are checked always.
 """
 
 from __future__ import annotations
 
-import getpass
 import importlib
+import os
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
@@ -27,8 +27,9 @@ from flowagent_backends.git.remotes import Remote
 if TYPE_CHECKING:
     import asyncssh
 
+    from flowagent_backends.git.ssh_config import Config, Identities, KnownHosts
+
 KEYS = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
-GLOBAL_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 PATIENCE = 20.0
 TRIES, AGAIN = 60, 0.05
 GOODBYE = 2.0
@@ -146,9 +147,10 @@ class Connections:
 
     # -- connections -----------------------------------------------------------------------------------
 
-    async def _connected(self, remote: Remote, behind: tuple[str, ...] = ()) -> _Connection:
-        """:param behind: the connections that wait for this one, as it leads to their hosts."""
-        name = f"{remote.user}@{remote.host}:{remote.port or ''} {self.rule(remote)[0]}"
+    async def _connected(self, remote: Remote, behind: tuple[str, ...] = (), jumps: str = "") -> _Connection:
+        """:param behind: the connections that wait for this one, as it leads to their hosts.
+        :param jumps: the hosts to go through; empty: those of its own entry."""
+        name = f"{remote.user}@{remote.host}:{remote.port or ''} {self.rule(remote)[0]} {jumps}"
         if name in behind or len(behind) > JUMPS:
             raise BackendError(
                 f"{remote.what}: ProxyJump leads through too many hosts; correct the ssh config"
@@ -156,8 +158,9 @@ class Connections:
         async with self._turns.setdefault(name, anyio.Lock()):
             known = self._open.get(name)
             if known is None or known.connection.is_closed():
-                await to_thread.run_sync(importlib.import_module, "asyncssh")  # takes a fifth of a second
-                known = _Connection(await self._connect(remote, (*behind, name)))
+                module = "flowagent_backends.git.ssh_config"
+                await to_thread.run_sync(importlib.import_module, module)  # takes a fifth of a second
+                known = _Connection(await self._connect(remote, (*behind, name), jumps))
                 self._open.pop(name, None)  # the new one comes after that which it leads through
                 self._open[name] = known
             return known
@@ -175,10 +178,14 @@ class Connections:
                 return name, self._settings.hosts[name]
         return "", {}
 
-    async def _connect(self, remote: Remote, behind: tuple[str, ...]) -> asyncssh.SSHClientConnection:
+    async def _connect(
+        self, remote: Remote, behind: tuple[str, ...], jumps: str
+    ) -> asyncssh.SSHClientConnection:
         import asyncssh
 
-        options, jump = await to_thread.run_sync(self._options, remote)
+        from flowagent_backends.git.ssh_config import jump
+
+        config, known_hosts, identities = await to_thread.run_sync(self._read, remote)
         seen: list[asyncssh.SSHKey] = []
 
         class Client(asyncssh.SSHClient):
@@ -186,20 +193,37 @@ class Connections:
                 seen.append(key)
                 return False
 
-        through = await self._connected(jump, behind) if jump is not None else None
+        through: _Connection | None = None
+        if hosts := jumps or config.jumps:
+            last, before = jump(remote, hosts)
+            through = await self._connected(last, behind, before)
+        keys: list[Any] = []
         try:
             with anyio.fail_after(PATIENCE):
-                return await asyncssh.connect(
-                    remote.host,
-                    remote.port or (),
-                    tunnel=through and through.connection,
-                    client_factory=Client,
-                    **options,
-                )
+                async with identities.offered() as keys:
+                    return await asyncssh.connect(
+                        remote.host,
+                        remote.port or (),
+                        username=remote.user or (),
+                        config=config.files or None,
+                        known_hosts=known_hosts,
+                        tunnel=through and through.connection,
+                        client_factory=Client,
+                        client_keys=keys or None,  # an empty list would be the keys of ~/.ssh
+                        client_certs=config.certificates,
+                        agent_path=None,  # its keys are among these
+                        agent_identities=None,
+                        agent_forwarding=False,
+                        preferred_auth="publickey",
+                        connect_timeout=PATIENCE,
+                        login_timeout=PATIENCE,
+                        keepalive_interval=60,
+                    )
         except asyncssh.HostKeyNotVerifiable as error:
-            raise self._unknown_host(remote, options, seen, error) from error
+            raise _unknown_host(remote, known_hosts, seen, error) from error
         except asyncssh.PermissionDenied as error:
-            raise refused(remote, remote.what, "the host accepts none of the keys") from error
+            said = "the host accepts none of the keys" if keys else f"no key was found in {identities}"
+            raise refused(remote, remote.what, said) from error
         except (asyncssh.Error, OSError, TimeoutError) as error:
             if through is not None and not isinstance(error, asyncssh.ChannelOpenError):
                 self._forget(through)  # whichever of the two it was
@@ -209,36 +233,27 @@ class Connections:
                 f"{remote.what}: the ssh configuration is wrong: {error}; correct it"
             ) from error
 
-    def _options(self, remote: Remote) -> tuple[dict[str, Any], Remote | None]:
-        """What to connect with, and the host to go through."""
-        from asyncssh.config import SSHClientConfig
+    def _read(self, remote: Remote) -> tuple[Config, KnownHosts, Identities]:
+        """What OpenSSH's files and the configuration say of a host."""
+        from flowagent_backends.git.ssh_config import Config, Identities, KnownHosts
 
-        paths = [path for path in (self.directory / "config",) if path.is_file()]
+        file = self.directory / "config"
         try:
-            asked = (getpass.getuser(), remote.user or (), remote.host, remote.port or ())
-            config = SSHClientConfig.load(None, paths, False, False, False, *asked)
-            known_hosts = self._known_hosts(remote)
+            config = Config(file, remote, self._environ)
         except (OSError, ValueError) as error:
+            raise BackendError(f"{remote.what}: {file} cannot be used: {error}; correct it") from error
+        try:
+            known_hosts = KnownHosts(self.pinned(remote), config.known_hosts, config.alias)
+        except OSError as error:
             raise BackendError(
-                f"{remote.what}: {paths[0] if paths else 'ssh'} cannot be used: {error}"
+                f"{remote.what}: {error.filename} cannot be read: {error.strerror}; correct that"
             ) from error
-        options: dict[str, Any] = {
-            "config": paths or None,
-            "known_hosts": known_hosts,
-            "preferred_auth": "publickey",
-            "connect_timeout": PATIENCE,
-            "login_timeout": PATIENCE,
-            "keepalive_interval": 60,
-            "agent_path": self._environ.get("SSH_AUTH_SOCK") or None,
-        }
-        if remote.user:
-            options["username"] = remote.user
-        if (keys := self._keys(remote)) is not None:
-            options |= {"client_keys": keys, "agent_path": None}
-        elif not config.get("IdentityFile"):
-            options["client_keys"] = _default_keys(self.directory) or (() if options["agent_path"] else None)
-        jump = config.get("ProxyJump")
-        return options, _jump(remote, str(jump)) if jump and str(jump).lower() != "none" else None
+        except ValueError as error:
+            raise BackendError(
+                f'{remote.what}: known_hosts of [ssh."{remote.host}"] is wrong: {error}; correct it'
+            ) from error
+        keys = self._keys(remote)
+        return config, known_hosts, config.identities(KEYS) if keys is None else Identities(keys)
 
     def _keys(self, remote: Remote) -> list[Any] | None:
         """The deploy key that the configuration names for a repository or host."""
@@ -260,57 +275,29 @@ class Connections:
         rules = (self.rule(remote)[1], self._settings.hosts.get(remote.host, {}))
         return [line for rule in rules for line in rule.get("known_hosts", ())]
 
-    def _known_hosts(self, remote: Remote) -> asyncssh.SSHKnownHosts:
-        import asyncssh
-
-        texts = self.pinned(remote)
-        for path in (self.directory / "known_hosts", GLOBAL_KNOWN_HOSTS):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                texts.append(path.read_text("utf-8", "replace"))
-        return asyncssh.import_known_hosts("\n".join(texts))
-
-    def _unknown_host(self, remote: Remote, options: Any, seen: list[Any], error: Exception) -> BackendError:
-        place = f"[{remote.host}]:{remote.port}" if remote.port and remote.port != 22 else remote.host
-        file = self.directory / "known_hosts"
-        if not seen:
-            return BackendError(
-                f"{remote.what}: the host key of {place} cannot be checked: {error}; see {file}"
-            )
-        key = seen[0]
-        line = f"{place} {' '.join(key.export_public_key().decode().split()[:2])}"
-        known = options["known_hosts"].match(remote.host, "", remote.port or 22)[0]
-        if known:
-            return BackendError(
-                f"{remote.what}: {place} shows another host key than the known one: {key.get_fingerprint()}; "
-                f"somebody may be in between. If it was changed, replace the old line in {file} by: {line}"
-            )
-        return BackendError(
-            f"{remote.what}: the host key of {place} is not known: {key.get_fingerprint()}; "
-            f"if that is its key, add this line to {file}: {line}"
-        )
-
 
 def _quoted(path: str) -> str:
     """As git quotes it, always: git-shell takes nothing else."""
     return "'" + path.replace("'", "'\\''").replace("!", "'\\!'") + "'"
 
 
-def _default_keys(directory: Path) -> list[Any]:
-    """The keys of a user that need no passphrase."""
-    import asyncssh
-
-    found = []
-    for name in KEYS:
-        with suppress(OSError, asyncssh.KeyImportError):
-            found.append(asyncssh.read_private_key(directory / name))
-    return found
-
-
-def _jump(remote: Remote, jump: str) -> Remote:
-    """The last host of ``[user@]host[:port],…``; it knows the ones before by its own entry."""
-    user, _, place = jump.split(",")[-1].strip().rpartition("@")
-    host, _, port = place.partition(":")
-    return Remote(f"{remote.what} (through {host})", "", "ssh", host, int(port) if port else None, user=user)
+def _unknown_host(remote: Remote, known_hosts: KnownHosts, seen: list[Any], error: Exception) -> BackendError:
+    name = known_hosts.name
+    files = [str(file) for file in known_hosts.files if str(file) != os.devnull]
+    place = files[0] if files else f'known_hosts of [ssh."{remote.host}"]'
+    if not seen:
+        return BackendError(f"{remote.what}: the host key of {name} cannot be checked: {error}; see {place}")
+    key = seen[0]
+    line = f"{name} {' '.join(key.export_public_key().decode().split()[:2])}"
+    if known_hosts.known:
+        return BackendError(
+            f"{remote.what}: {name} shows another host key than the known one: {key.get_fingerprint()}; "
+            f"somebody may be in between. If it was changed, replace the old line in {place} by: {line}"
+        )
+    return BackendError(
+        f"{remote.what}: the host key of {name} is not known: {key.get_fingerprint()}; "
+        f"if that is its key, add this line to {place}: {line}"
+    )
 
 
 def _unreached(remote: Remote, error: Exception) -> BackendError:
