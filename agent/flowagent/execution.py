@@ -25,6 +25,7 @@ from flowagent.runtime.container import FIRST_LEASE, UNATTENDED, boot_id
 from flowagent.runtime.events import Emitter
 from flowagent.runtime.rundir import boottime
 from flowagent.settings import Settings
+from flowagent.sources import SourceCache, trees
 
 STDIN, STDOUT = 0, 1
 LOOK_EVERY = 1.0
@@ -106,10 +107,12 @@ class _Fetching:
         try:
             backend = backends.get(storage["type"])
             revision = await backend.resolve(storage)
-            directory = revision.directory
-            if directory is None:
-                directory = Path(tempfile.mkdtemp(prefix="flowagent-source-"))
-                await backend.materialise(storage, revision, directory)
+            place = Path(tempfile.mkdtemp(prefix="flowagent-source-"))
+            # the lease of what nobody else sees needs no keeping
+            directory = (await SourceCache(place).hold(backend, storage, revision)).directory
+            if revision.private:
+                await anyio.to_thread.run_sync(trees.copy, directory, place / "own")
+                directory = place / "own"
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(5):
                 await backends.close()

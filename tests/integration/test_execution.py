@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.gitservers import Repository
 
 from flowagent import ground
 from flowagent.runtime.container import boot_id
@@ -110,6 +111,31 @@ def test_what_cannot_be_fetched_is_said(script: Path, home: Path) -> None:
     status = events[-1]["status"]
     assert code == 1 and "the flow could not be fetched: Local: no file" in status["gone"]
     assert status["retryable"] is False
+
+
+@pytest.mark.parametrize("checkout", ["shared", "private"])
+def test_a_source_is_checked_and_sealed_as_those_of_agents(checkout: str, tmp_path: Path, home: Path) -> None:
+    repository = Repository.make(tmp_path, "one")
+    repository.write(
+        "once.py", FLOW + "    print(oct(os.stat(__file__).st_mode), os.stat(__file__).st_nlink)"
+    )
+    repository.commit()
+    storage = {
+        "type": "Git",
+        "flow_path": "once.py",
+        "git_clone_url_secret_name": "URL",
+        "checkout": checkout,
+    }
+    given = brief(tmp_path, storage=storage)
+    given["spec"]["env"]["FLOWAGENT_SECRET_URL"] = str(repository.bare)
+    code, text, events = execute("-", json.dumps(given) + "\n")
+    mode = "0o100600" if checkout == "private" else "0o100444"
+    assert (code, text) == (0, f"here red once.py\n{mode} 1\n"), events
+    (repository.work / "data").symlink_to("/etc")
+    repository.commit()
+    code, text, events = execute("-", json.dumps(given) + "\n")
+    assert code == 1 and text == ""
+    assert "symbolic link data leads out of it, to '/etc'" in events[-1]["status"]["gone"]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "nonsense", '{"spec": 1}'])
