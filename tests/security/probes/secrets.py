@@ -56,7 +56,8 @@ def _reads_memory_of(pid: int) -> bool:
     buffer = ctypes.create_string_buffer(8)
     local = (ctypes.c_void_p * 2)(ctypes.cast(buffer, ctypes.c_void_p), ctypes.c_void_p(8))
     remote = (ctypes.c_void_p * 2)(ctypes.c_void_p(8), ctypes.c_void_p(8))
-    result = libc.syscall(PROCESS_VM_READV, pid, local, ctypes.c_ulong(1), remote, ctypes.c_ulong(1), 0)
+    one, flags = ctypes.c_ulong(1), ctypes.c_ulong(0)  # of an int on the stack, half would be anything
+    result = libc.syscall(PROCESS_VM_READV, pid, local, one, remote, one, flags)
     return bool(result >= 0 or ctypes.get_errno() == 14)
 
 
