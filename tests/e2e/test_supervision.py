@@ -69,6 +69,22 @@ FLOWS = """
         time.sleep(600)
 
     @flow
+    def shells():
+        print("before")
+        subprocess.run("echo truncating > /dev/stderr", shell=True, check=True)
+        for change, *to in ((os.ftruncate, 0), (os.ftruncate, 1 << 50), (os.lseek, 0, 0)):
+            try:
+                change(1, *to)
+            except OSError:
+                print("refused")
+        print("after")
+
+    @flow
+    def floods(lines: int = 20):
+        for _ in range(lines):
+            os.write(1, b"x" * 16383 + b"\\n")
+
+    @flow
     def leaks():
         subprocess.Popen(["sleep", "600"], start_new_session=True)
 """
@@ -189,6 +205,38 @@ def _cmdline(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
     except OSError:
         return ""
+
+
+@pytest.mark.parametrize("level", ["process", "landlock", "namespace"])
+def test_no_flow_can_cut_its_output_or_put_a_hole_into_it(site: Site, level: str) -> None:
+    site.command("register", site.write("flows.py", FLOWS))
+    site.start("--sandbox", level)
+    run = site.submit("shells")
+    assert site.wait_for(run)["state"] == "completed"
+    printed = site.command("logs", run).stdout
+    assert printed == "before\ntruncating\nrefused\nrefused\nrefused\nafter\n"
+
+
+def test_output_ends_at_its_limit_however_soon_the_flow_does(site: Site) -> None:
+    site.command("register", site.write("flows.py", FLOWS))
+    site.start("--max", "output=100K")
+    for lines in (5, 10, 1000):  # what a pipe holds, and more
+        run = site.submit("floods", "-p", f"lines={lines}")
+        shown = site.wait_for(run)
+        kept = len(site.command("logs", run).stdout)
+        if lines == 5:
+            assert shown["state"] == "completed" and kept == 5 * 16384
+        else:
+            assert shown["state"] == "failed" and 101_000 < kept <= 100 << 10  # events count, too
+            assert shown["reason"] == "stopped: it used more than its limit of 100K of output"
+
+
+def test_much_output_is_kept_whole(site: Site) -> None:
+    site.command("register", site.write("flows.py", FLOWS))
+    site.start()
+    run = site.submit("floods", "-p", "lines=3000")
+    assert site.wait_for(run)["state"] == "completed"
+    assert len(site.command("logs", run).stdout) == 3000 * 16384
 
 
 def test_out_of_memory_is_named(flows: Site) -> None:

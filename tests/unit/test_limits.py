@@ -48,7 +48,6 @@ def test_a_flow_can_ask_for_less_only() -> None:
 def watch(limit: Limits, directory: Path, processes: list[int], counted: bool = True) -> Watch:
     return Watch(
         limit,
-        output=str(directory / "output"),
         directory=str(directory / "work"),
         processes=lambda: processes,
         counted=counted,
@@ -60,10 +59,8 @@ def test_what_is_over_its_limit_is_found(tmp_path: Path) -> None:
     (tmp_path / "work" / "deep").mkdir(parents=True)
     (tmp_path / "work" / "deep" / "file").write_bytes(b"x" * 100_000)
     (tmp_path / "work" / "link").symlink_to("/usr")
-    (tmp_path / "output").write_bytes(b"x" * 1000)
     me = [os.getpid()]
     for limit, name in (
-        (Limits(output=999), "output"),
         (Limits(disk=50_000), "disk"),
         (Limits(memory=1 << 20), "memory"),
         (Limits(processes=1), "processes"),
@@ -71,7 +68,7 @@ def test_what_is_over_its_limit_is_found(tmp_path: Path) -> None:
     ):
         found = watch(limit, tmp_path, me * 2).look()
         assert found is not None and found.name == name
-    generous = Limits(memory=1 << 40, processes=5, cpu_time=1e6, output=1 << 20, disk=1 << 30)
+    generous = Limits(memory=1 << 40, processes=5, cpu_time=1e6, disk=1 << 30)
     assert watch(generous, tmp_path, me).look() is None
     assert watch(Limits(memory=1), tmp_path, me, counted=False).look() is None, "that is the kernel's"
 

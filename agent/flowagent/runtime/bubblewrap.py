@@ -61,7 +61,7 @@ def arguments(rules: Rules, run: RunDirectory, spec: Mapping[str, Any], memory: 
             found += ["--ro-bind", path, path]
     for path in grants["read"]:
         found += ["--ro-bind", path, path]
-    for path in (run.work, run.output_path, *grants["write"]):
+    for path in (run.work, *grants["write"]):
         found += ["--bind", path, path]
     return [*found, "--chdir", run.work]
 

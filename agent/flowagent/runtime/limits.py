@@ -99,14 +99,12 @@ class Watch:
         self,
         limits: Limits,
         *,
-        output: str,
         directory: str,
         processes: Callable[[], Iterable[int]],
         counted: bool,
         spent: Callable[[], float] | None,
     ) -> None:
         self._limits = limits
-        self._output = output
         self._directory = directory
         self._processes = processes
         self._counted = counted and (limits.memory is not None or limits.processes is not None)
@@ -124,8 +122,6 @@ class Watch:
 
     def _of_files(self, now: float) -> Excess | None:
         limits = self._limits
-        if limits.output is not None and _file_size(self._output) > limits.output:
-            return excess("output", limits.output)
         if limits.disk is not None and now >= self._disk_again:
             if _used(self._directory, limits.disk) > limits.disk:
                 return excess("disk", limits.disk)
@@ -153,13 +149,6 @@ class Watch:
         if self._counted and limits.processes is not None and count > limits.processes:
             return excess("processes", limits.processes)
         return None
-
-
-def _file_size(path: str) -> int:
-    try:
-        return os.lstat(path).st_size
-    except OSError:
-        return 0
 
 
 def _used(directory: str, enough: int) -> int:

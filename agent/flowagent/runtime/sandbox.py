@@ -260,7 +260,6 @@ class Sandbox:
             ruleset = self._common_ruleset(network if type(network) is dict else {})
         every = landlock.handled(self.abi) & ~(landlock.MAKE_CHAR | landlock.MAKE_BLOCK)
         ruleset.allow(run.work, every)
-        ruleset.allow(run.output_path, landlock.WRITE_FILE)
         for path in (*sys.path[:1], spec["bytecode"], *spec["readable"]):
             ruleset.allow(path, landlock.READ)
         for path in grants["read"]:

@@ -26,9 +26,15 @@ from flowagent.runtime.cgroups import Group
 from flowagent.runtime.limits import FIRST_LOOK, Excess, Limits, Watch, excess
 from flowagent.runtime.rundir import RunDirectory, boottime
 from flowagent.runtime.sandbox import NAMESPACE, Sandbox
+from flowagent.runtime.spool import Spool
 from flowagent.runtime.standby import FlowProcess
 
-WATCHED = (signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM)
+URGENT = (signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM)
+WATCHED = (*URGENT, signal.SIGIO)
+BREATH = 0.002
+"""Seconds after some output until more is looked for: many small writes are taken together."""
+BLOCKED, GIVE_UP = 0.25, 5.0
+"""Seconds until a full disk is tried again, and after the end, for which that is done."""
 RESERVED = 1 << 13
 """Bytes of disk that the notes of an attempt may need."""
 MAX_PACKET = 1 << 16
@@ -127,25 +133,42 @@ class _Attempt:
         self._peak_memory = 0  # bytes, of the largest process
         self._cpu_time = 0.0
         self._lease = 0.0  # as last read
+        self._spool = Spool(run.output_path, self._limits.output)
+        self._listens = True  # for output; not for a moment after there was some
 
     def execute(self, secrets: int | None) -> dict[str, Any]:
-        output = os.open(self._run.output_path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        outcome = os.open(self._run.outcome_path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        outcome = -1
         try:
+            outcome = os.open(self._run.outcome_path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             _reserve(outcome)
             begun = {"supervisor": os.getpid(), "started": time.time(), "boottime": boottime()}
             _note(self._status, {**begun, "pid": self._main})
             if boottime() >= self._read_lease():
                 return {"ended": True, "stop": "lease", "reason": "its lease ran out before it began"}
             self._group.limit(self._limits.memory, self._limits.processes)
-            fds = [output, outcome, *([] if secrets is None else [secrets])]
+            fds = [self._spool.writer, outcome, *([] if secrets is None else [secrets])]
             self._process.begin(self._run.path, self._limits, fds)
+            self._spool.close_writer()
             self._watch()
             leftovers = self._kill()
+            self._finish_output()
             return self._end(leftovers, os.fstat(outcome).st_size)
         finally:
-            os.close(output)
-            os.close(outcome)
+            self._spool.close()
+            if outcome >= 0:
+                os.close(outcome)
+
+    def _finish_output(self) -> None:
+        end = time.monotonic() + GIVE_UP
+        self._spool.finish()
+        while self._spool.failed is not None and time.monotonic() < end:
+            time.sleep(BLOCKED)
+            self._spool.finish()
+        if self._excess is None and self._spool.over:
+            self._excess = excess("output", self._limits.output or 0)
+        elif self._excess is None and self._spool.failed is not None:
+            said = self._spool.failed.strerror
+            self._excess = Excess("output", f"the last of its output could not be kept: {said}")
 
     def _end(self, leftovers: int, said: int) -> dict[str, Any]:
         status = self._main_status if self._main_status is not None else 0
@@ -191,13 +214,14 @@ class _Attempt:
                 self._stop("timeout", self._grace, now)
             elif self._kill_at is not None and now >= self._kill_at:
                 self._kill()
+            elif self._stop_kind is None and self._spool.over:
+                self._exceed(excess("output", self._limits.output or 0))
             elif self._stop_kind is None and time.monotonic() >= look_at:
                 watch = watch or self._watcher()
-                self._excess = watch.look()
+                found = watch.look()
                 look_at = watch.next
-                if self._excess is not None:
-                    self._stop_kind = "limit"
-                    self._kill()
+                if found is not None:
+                    self._exceed(found)
             deadlines = [self._lease]
             if expires is not None and self._stop_kind is None:
                 deadlines.append(expires)
@@ -208,8 +232,18 @@ class _Attempt:
             if self._main_status is None:
                 self._wait(min(min(deadlines) - boottime(), 3600.0))
 
+    def _exceed(self, found: Excess) -> None:
+        self._excess = found
+        self._stop_kind = "limit"
+        self._kill()
+
     def _wait(self, seconds: float) -> None:
-        received = signal.sigtimedwait(WATCHED, max(0.0, seconds))
+        if not self._listens:
+            seconds = min(seconds, BREATH)
+        elif self._spool.failed is not None:
+            seconds = min(seconds, BLOCKED)
+        received = signal.sigtimedwait(WATCHED if self._listens else URGENT, max(0.0, seconds))
+        self._listens = not self._spool.pump()
         if received is not None and received.si_signo == signal.SIGUSR1:
             self._read_stop()
         elif received is not None and received.si_signo == signal.SIGTERM and self._stop_kind is None:
@@ -226,7 +260,6 @@ class _Attempt:
 
         return Watch(
             self._limits,
-            output=self._run.output_path,
             directory=self._run.work,
             processes=descendants,
             counted=not (group.limits_memory and group.limits_processes),
