@@ -96,6 +96,26 @@ async def test_credential_helpers_are_asked(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", "null", '"x"', "5", "[" * 100_000),
+        *('{"auths": []}', '{"auths": {"r.example": "x"}}', '{"auths": {"r.example": {"auth": 5}}}'),
+        *(
+            '{"auths": {"r.example": {"auth": "/w=="}}}',
+            '{"credHelpers": ["x"]}',
+            '{"credHelpers": {"a": 1}}',
+        ),
+        '{"credsStore": {"a": 1}}',
+    ],
+)
+async def test_a_configuration_that_is_none_is_said_on_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BackendError, match=r"config\.json (cannot be read: .*|holds .*); .*log in") as caught:
+        await registry_auth("r.example", {"DOCKER_CONFIG": str(tmp_path)})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("said", "words", "retryable"),
     [
         ("Get https://r/v2/: dial tcp 127.0.0.1:1: connect: connection refused", "cannot be reached", True),
@@ -104,6 +124,20 @@ async def test_credential_helpers_are_asked(tmp_path: Path, monkeypatch: pytest.
         ("manifest for r/x:1 not found: manifest unknown", "there is no such image", False),
         ("write /x: no space left on device", "disk is full", False),
         ("something else", "something else", True),
+        ("unexpected status code 401 Unauthorized", "refuses", False),
+        ("received unexpected HTTP status: 503 Service Unavailable", "cannot be reached", True),
+        ("Get https://r/v2/: net/http: TLS handshake timeout", "cannot be reached", True),
+        ("unexpected EOF", "cannot be reached", True),
+        ("error parsing HTTP 404 response body", "there is no such image", False),
+        ("layer sha256:9401ab: wrong", "layer sha256:9401ab: wrong", True),
+        ("layer sha256:ab4031 of 140404 is wrong", "x cannot be pulled: layer", True),
+        ("r/timeouts/x: not found", "there is no such image", False),
+        ("the size is 1500 and not 1501", "x cannot be pulled: the size", True),
+        ("r/geofleet: denied", "refuses", False),
+        ("401", "refuses", False),
+        ("r/x:401: not found", "there is no such image", False),
+        ("127.0.0.1:503: unauthorized", "refuses", False),
+        ("context deadline exceeded (Client.Timeout exceeded while awaiting)", "cannot be reached", True),
     ],
 )
 def test_what_a_registry_says_is_told_apart(said: str, words: str, retryable: bool) -> None:

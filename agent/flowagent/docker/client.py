@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import ssl
 import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import anyio
 
 from flowagent import http
+from flowagent.docker import config
 from flowagent.errors import FlowagentError, SettingsError
 
-API = "/v1.41"
-"""Version 20.10 and newer, and podman 4."""
-DEFAULT = "unix:///var/run/docker.sock"
+Version = tuple[int, int]
+LEAST: Version = (1, 41)
+"""The oldest API that has all that is asked for here: Docker 20.10, podman 4."""
+NEWEST: Version = (1, 51)
+"""The newest API in which what is used here is known to be as in the oldest: Docker 28."""
 TIMEOUT = 60.0
 """Seconds that the engine may take to answer."""
 FRAME = struct.Struct(">BxxxL")
@@ -32,6 +33,7 @@ TROUBLE = 3
 """The stream in which the engine itself speaks."""
 MAKE_ROOM = "the engine's disk is full, make room: docker system prune"
 _FULL = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
+_OTHER_VERSION = re.compile(r"client version [\d.]+ is too (?:old|new)")
 
 
 class EngineError(FlowagentError):
@@ -65,29 +67,54 @@ class Channel:
 
 class Engine:
     """One engine. ``url``: ``unix:///path``, ``tcp://host:port`` or ``http(s)://host:port``; None: what the
-    docker command goes by: ``DOCKER_HOST``, ``DOCKER_TLS_VERIFY``, ``DOCKER_CERT_PATH``; the usual socket."""
+    docker command goes to (:func:`flowagent.docker.config.endpoint`). It is spoken to in the newest API that
+    both sides know.
+
+    :raises SettingsError: that is no engine.
+    :raises BackendError: the docker command's configuration cannot be read."""
 
     def __init__(self, url: str | None = None, environ: Mapping[str, str] = os.environ) -> None:
-        self.url = url or environ.get("DOCKER_HOST") or DEFAULT
+        found = config.of_url(url, environ) if url else config.endpoint(environ)
+        self.url = found.url
         scheme, _, rest = self.url.partition("://")
         options: dict[str, Any] = {"timeout": TIMEOUT, "connections": None}  # each container has two
         if scheme == "unix" and rest:
             options |= {"base_url": "http://engine", "socket": rest}
         elif scheme in ("tcp", "http", "https") and rest:
-            secure = scheme == "https" or bool(environ.get("DOCKER_TLS_VERIFY"))
+            secure = found.certificates is not None
             options["base_url"] = f"{'https' if secure else 'http'}://{rest}"
             if secure:
-                options["verify"] = _tls(environ)
+                options["verify"] = found.tls()
         else:
             raise SettingsError(
                 f"{self.url!r} is no engine; give unix:///path, tcp://HOST:PORT or https://HOST"
             )
         self._http = http.client(**options)
+        self._api: str | None = None
 
     async def close(self) -> None:
         await self._http.aclose()
 
     # -- requests ------------------------------------------------------------------------------------
+
+    async def _versioned(self, path: str, timeout: float = TIMEOUT) -> str:
+        """The path with the version of the API before it. :raises EngineError: there is none in common."""
+        if self._api is None:
+            with self._reaching(), anyio.fail_after(timeout):
+                response = await self._http.request("GET", "/version")
+            self._check(response.status_code, response.content)
+            self._api = _common(_answer(response.content), self.url)
+        return self._api + path
+
+    def _check(self, status: int, content: bytes) -> None:
+        """:raises EngineError: it says no."""
+        if status < 400:
+            return
+        said = _said(content)
+        if _OTHER_VERSION.search(said):  # it was upgraded, or replaced, while we spoke to it
+            self._api = None
+            raise EngineError(explained(said), 503)
+        raise EngineError(explained(said) or f"HTTP {status}", status)
 
     async def call(
         self,
@@ -102,18 +129,19 @@ class Engine:
         """The answer's JSON, or None if it is empty. ``timeout``: seconds, of the whole.
 
         :raises EngineError: the engine says no, or does not answer."""
+        versioned = await self._versioned(path, timeout or TIMEOUT)
         with self._reaching():
             with anyio.fail_after(timeout or TIMEOUT):
                 response = await self._http.request(
                     method,
-                    API + path,
+                    versioned,
                     params=_query(params),
                     headers=headers,
                     json=body,
                     timeout=timeout or TIMEOUT,
                 )
-        _check(response.status_code, response.content)
-        return json.loads(response.content) if response.content.strip() else None
+        self._check(response.status_code, response.content)
+        return _answer(response.content)
 
     @asynccontextmanager
     async def stream(
@@ -131,7 +159,7 @@ class Engine:
         :raises EngineError: the engine says no, or breaks off."""
         request = self._http.build_request(
             method,
-            API + path,
+            await self._versioned(path),
             params=_query(params),
             headers=dict(headers or {}),
             content=content,
@@ -142,7 +170,7 @@ class Engine:
         try:
             with self._reaching():
                 if response.status_code >= 400:
-                    _check(response.status_code, await response.aread())
+                    self._check(response.status_code, await response.aread())
             yield self._pieces(response)
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(5):
@@ -169,7 +197,7 @@ class Engine:
         """Take over a connection to a container's standard input. :raises EngineError: it cannot be had."""
         request = self._http.build_request(
             "POST",
-            f"{API}/containers/{container}/attach",
+            await self._versioned(f"/containers/{container}/attach"),
             params={"stream": "1", "stdin": "1"},
             headers={"Upgrade": "tcp", "Connection": "Upgrade"},
             timeout=http.timeout(TIMEOUT, read=None),
@@ -178,7 +206,7 @@ class Engine:
             response = await self._http.send(request, stream=True)
             if response.status_code not in (101, 200):
                 try:
-                    _check(response.status_code, await response.aread())
+                    self._check(response.status_code, await response.aread())
                 finally:
                     await response.aclose()
             return Channel(response)
@@ -252,18 +280,6 @@ async def _unframed(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             del buffer[: FRAME.size + size]
 
 
-def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
-    directory = Path(environ.get("DOCKER_CERT_PATH") or "~/.docker").expanduser()
-    try:
-        context = ssl.create_default_context(cafile=str(directory / "ca.pem"))
-        context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(
-            f"the certificates of the engine in {directory} cannot be used: {error}"
-        ) from None
-    return context
-
-
 def _query(params: Mapping[str, Any] | None) -> dict[str, str] | None:
     """Parameters as the engine takes them: tables as JSON, what is None left out."""
     if params is None:
@@ -275,14 +291,55 @@ def _query(params: Mapping[str, Any] | None) -> dict[str, str] | None:
     }
 
 
-def _check(status: int, content: bytes) -> None:
-    if status < 400:
-        return
+def _said(content: bytes) -> str:
+    """What an engine says of its refusal, on one line."""
     try:
         said = json.loads(content)["message"]
     except (ValueError, LookupError, TypeError):
         said = content.decode(errors="replace")
-    raise EngineError(explained(" ".join(str(said).split())[:1000]) or f"HTTP {status}", status)
+    return " ".join(str(said).split())[:1000]
+
+
+def _answer(content: bytes) -> Any:
+    if not content.strip():
+        return None
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise EngineError("what answers there is no Docker engine: it does not speak JSON", 502) from None
+
+
+def _common(said: Any, url: str) -> str:
+    """The newest API that an engine, by its ``/version``, has in common with us, as it begins paths.
+
+    :raises EngineError: there is none."""
+    try:
+        newest, oldest = (_version(said.get(key) or "1.0") for key in ("ApiVersion", "MinAPIVersion"))
+    except (ValueError, AttributeError):
+        raise EngineError(f"what answers at {url} is no Docker engine: it has no API version", 400) from None
+    engine = f"the Docker engine at {url}"
+    if newest < LEAST:
+        raise EngineError(
+            f"{engine} is too old: it speaks API {_dotted(newest)}, and {_dotted(LEAST)} is needed; "
+            "use Docker 20.10 or newer, or podman 4",
+            400,
+        )
+    if oldest > NEWEST:
+        raise EngineError(
+            f"{engine} is too new: it speaks API {_dotted(oldest)} and newer, and {_dotted(NEWEST)} is the "
+            "newest that is known here; update flowagent",
+            400,
+        )
+    return f"/v{_dotted(min(newest, NEWEST))}"
+
+
+def _version(text: str) -> Version:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 def explained(said: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 
+from flowagent.docker.config import read
 from flowagent.docker.references import HUB
 from flowagent.errors import BackendError
 
@@ -27,7 +28,7 @@ async def registry_auth(registry: str, environ: Mapping[str, str] = os.environ) 
     """The value of the header X-Registry-Auth for a registry; that of nobody if there are no credentials.
 
     :raises BackendError: the file or the helper is broken."""
-    path, config = _read(environ)
+    path, config = read(environ)
     keys = HUB_KEYS if registry == HUB else (registry, f"https://{registry}", f"https://{registry}/v1/")
     helpers, store = config.get("credHelpers") or {}, config.get("credsStore")
     for key in keys:
@@ -40,17 +41,6 @@ async def registry_auth(registry: str, environ: Mapping[str, str] = os.environ) 
     return _header({})
 
 
-def _read(environ: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
-    path = Path(environ.get("DOCKER_CONFIG") or Path.home() / ".docker", "config.json")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return path, {}
-    except (OSError, ValueError) as error:
-        raise BackendError(f"{path} cannot be read: {error}; correct it, or log in again") from None
-    return path, config
-
-
 def _from_entry(entry: Mapping[str, Any], path: Path) -> dict[str, str]:
     if entry.get("identitytoken"):
         return {"identitytoken": str(entry["identitytoken"])}
@@ -58,7 +48,7 @@ def _from_entry(entry: Mapping[str, Any], path: Path) -> dict[str, str]:
         return {}
     try:
         user, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
-    except ValueError:
+    except (ValueError, TypeError):
         raise BackendError(f"{path} holds credentials that are none; log in again") from None
     return {"username": user, "password": password}
 

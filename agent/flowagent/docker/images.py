@@ -17,13 +17,25 @@ SILENCE = 300.0
 Report = Callable[[dict[str, Any]], None]
 """Told of each message of the engine."""
 
-_UNREACHABLE = re.compile(
-    r"connection refused|no such host|i/o timeout|network is unreachable|timeout|TLS handshake|EOF"
-    r"|server misbehaving|status: 5\d\d|50\d |connection reset|temporary failure",
-    re.IGNORECASE,
+
+def _words(*alternatives: str) -> re.Pattern[str]:
+    """Finds any of these as words of their own, and not in digests, sizes, ports, or names of images."""
+    return re.compile(rf"(?<![-/:@.\w])(?:{'|'.join(alternatives)})(?![-/:@.]?\w)", re.IGNORECASE)
+
+
+_UNREACHABLE = _words(
+    *(
+        "connection refused",
+        "connection reset",
+        "no such host",
+        "network is unreachable",
+        "server misbehaving",
+    ),
+    *("timeout", r"Client\.Timeout", "deadline exceeded", "TLS handshake", "EOF", "temporary failure"),
+    r"5\d\d",
 )
-_DENIED = re.compile(r"unauthorized|denied|no basic auth|authentication required|401|403", re.IGNORECASE)
-_MISSING = re.compile(r"not found|manifest unknown|name unknown|no such image|404", re.IGNORECASE)
+_DENIED = _words("unauthorized", "denied", "no basic auth", "authentication required", "401", "403")
+_MISSING = _words("not found", "manifest unknown", "name unknown", "no such image", "404")
 
 
 class ImageError(BackendError):
