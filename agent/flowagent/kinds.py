@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowagent import labels as label_names
+from flowagent.errors import UsageError
 from flowagent.flows import declarations
 from flowagent.flows.errors import FlowError
 
@@ -124,7 +125,7 @@ def limits(value: Any) -> dict[str, float | None]:
         declarations.limits(dict.fromkeys(unlimited, 1), "max")
         return {**declarations.limits(given, "max"), **dict.fromkeys(unlimited)}
     except FlowError as error:
-        raise ValueError(f"a table of limits ({error})") from None
+        raise UsageError(str(error).removeprefix("max: ")) from None
 
 
 def _number(text: Any) -> Any:

@@ -311,8 +311,12 @@ def test_relative_imports_inside_a_package(site: Site, how: str) -> None:
     site.command("register", "-m", f"{package}.flows.etl", cwd=directory)
     assert f"no module named '{package}'" in site.watch(package, code=1)
     site.command("register", "-m", f"{package}.flows.etl", "--label", "importing", cwd=directory)
-    agent = site.start("--labels", "importing", "--import-path", str(directory))
+    none = str(directory / "none")
+    agent = site.start("--labels", "importing", "--import-path", str(directory), "--import-path", none)
     try:
+        assert f'"import_path": "{none}", "event": "nothing is imported from there: no such' in site.log(
+            agent
+        )
         assert "answer 42 84 42" in site.watch(package)
     finally:
         site.stop(agent)

@@ -178,13 +178,32 @@ def test_errors_of_settings_are_one_line(home: Path, tmp_path: Path) -> None:
         ["--home", "/proc/nothing", "flows"],
     ):
         done = cli(home, *arguments)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
     (tmp_path / "junk.db").write_bytes(b"junk" * 5000)
     done = cli(home, "--store", f"sqlite:///{tmp_path}/junk.db", "runs")
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     done = cli(home, "run", "nothing", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr and done.stderr.endswith("flowagent flows`\n")
+
+
+def test_an_import_of_prefect_says_what_to_import(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text("from prefect import Flow\n")
+    done = cli(home, "register", tmp_path / "old.py")
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        "line 1: ModuleNotFoundError: No module named 'prefect'; import the same from flowagent\n"
+    )
+
+
+def test_a_store_that_somebody_named_is_not_made_on_the_way(home: Path, tmp_path: Path) -> None:
+    for path in ("none/x.db", "x.db"):
+        for command in (["flows"], ["run", "x"], ["agents"]):
+            done = cli(home, "--store", f"sqlite:///{tmp_path}/{path}", *command)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert f"there is no store at {tmp_path}/{path}; register a flow or start" in done.stderr
+    assert not (tmp_path / "none").exists() and not (tmp_path / "x.db").exists()
+    assert data(home, "flows") == [] and (home / "flowagent.db").exists()  # the one in the home is
 
 
 def test_a_reader_that_leaves_early_is_no_error(home: Path, tmp_path: Path) -> None:
@@ -606,12 +625,15 @@ def test_wrong_agents_do_not_start(home: Path) -> None:
     for arguments, code in (
         (["--limit", "0"], 2),
         (["--lease", "x"], 2),
-        (["--labels", "a b"], 1),
-        (["--name", "/"], 1),
+        (["--labels", "a b"], 2),
+        (["--name", "/"], 2),
+        (["--max", "memory=foo"], 2),
     ):
         done = cli(home, "start", *arguments)
         assert done.returncode == code, done.stderr
         assert done.stderr.splitlines()[-1].startswith("Error: ")
+    said = "Error: option max: memory takes a number of bytes above 0, such as 512M or 2G; got 'foo'\n"
+    assert done.stderr == said
 
 
 # -- this machine --------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from store_cases import add_run, an_agent, version_of
 
 import flowagent.store.contention
 import flowagent.store.postgresql
-from flowagent.errors import NotFoundError, StoreError, StoreUnavailableError, UsageError
+from flowagent.errors import NotFoundError, SettingsError, StoreError, StoreUnavailableError
 from flowagent.models import Outcome, OutputChunk, RunRequest, State
 from flowagent.store import CANCEL, WORK, SQLStore, open_store, progress
 from flowagent.store.database import VERSION_TABLE, Transaction
@@ -107,7 +107,7 @@ async def test_nothing_is_created_unless_allowed(empty_url: str, tmp_path: Path)
     ],
 )
 async def test_urls_that_name_no_store(url: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message) as caught:
+    with pytest.raises(SettingsError, match=message) as caught:
         await open_store(url)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)

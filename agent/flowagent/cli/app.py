@@ -10,9 +10,10 @@ import click
 
 import flowagent
 from flowagent.cli.session import Session, global_options
-from flowagent.errors import FlowagentError
+from flowagent.errors import FlowagentError, SettingsError
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2  # as click has it
 EXIT_UNEXPECTED = 70
 EXIT_INTERRUPTED = 130
 
@@ -110,7 +111,7 @@ def _report(error: BaseException, debug: bool) -> int:
         return EXIT_ERROR
     if isinstance(error, FlowagentError):
         click.echo(f"Error: {error}", err=True)
-        return EXIT_ERROR
+        return EXIT_USAGE if isinstance(error, SettingsError) else EXIT_ERROR
     said = " ".join(str(error).split())
     hint = "" if debug else "; run again with --debug to see where"
     click.echo(f"Error: unexpected {type(error).__name__}: {said}{hint}", file=sys.stderr)

@@ -286,6 +286,8 @@ def _in_words(source: Source, error: BaseException) -> str:
         said = str(error)
         return said if source.where in said else f"{source.where}: {said}"
     said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, ModuleNotFoundError) and error.name == "prefect":
+        said += "; import the same from flowagent"
     line = error.lineno if isinstance(error, SyntaxError) else None
     frames = error.__traceback__
     while frames is not None:

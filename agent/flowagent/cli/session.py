@@ -38,11 +38,14 @@ class Session:
         return settings.load(config, overrides={"home": self.home, "store": self.store, **flags})
 
     def with_store(self, job: Job[T], *, waits: bool = False) -> T:
-        """Run an async job on the store of the settings; ``waits``: for more than the store's answers."""
+        """Run an async job on the store of the settings; ``waits``: for more than the store's answers.
+
+        A store that somebody named has to be there: a slip of the pen must not make another."""
         from flowagent import store
 
-        url = self.settings().store
-        return store.run(url, job) if waits else store.ask(url, job)
+        settings = self.settings()
+        ask = store.run if waits else store.ask
+        return ask(settings.store, job, create="store" not in settings.origins)
 
 
 pass_session = click.make_pass_decorator(Session, ensure=True)

@@ -246,6 +246,11 @@ class Agent:
             )
             for gap in self._services.runner.gaps:
                 self.log.warning("the sandbox has a gap", gap=gap)
+            for path in self._settings.import_paths:
+                if not path.is_dir():  # it may be mounted later
+                    self.log.warning(
+                        "nothing is imported from there: no such directory", import_path=str(path)
+                    )
             async with anyio.create_task_group() as tasks:
                 await self._adopt(tasks)
                 tasks.start_soon(self._warm_up)

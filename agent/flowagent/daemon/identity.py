@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowagent.errors import SettingsError
+from flowagent.errors import AgentError, SettingsError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
@@ -37,11 +37,12 @@ class Identity:
 def take(agents: Path, name: str | None, default: str) -> Identity:
     """Become the agent ``name``; without one, the first of ``default``, ``default-2``, … that is free.
 
-    :raises SettingsError: the name is not a name, or a process on this machine is that agent already."""
+    :raises SettingsError: the name is not a name, or its directory cannot be used.
+    :raises AgentError: a process on this machine is that agent already."""
     if name is not None:
         identity = _try(agents, name)
         if identity is None:
-            raise SettingsError(f"an agent named {name} is running on this machine; give another --name")
+            raise AgentError(f"an agent named {name} is running on this machine; give another --name")
         return identity
     for number in range(1, 1000):
         identity = _try(agents, default if number == 1 else f"{default}-{number}")

@@ -22,7 +22,7 @@ import anyio
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from flowagent.errors import StoreError, StoreUnavailableError, UsageError
+from flowagent.errors import SettingsError, StoreError, StoreUnavailableError
 from flowagent.store.database import READ_VERSION, SCHEMA_VERSION, Dialect, Row, Transaction, check_upgrade
 from flowagent.store.notifications import Notifications, channels
 
@@ -286,7 +286,7 @@ def _without_credentials(conninfo: str) -> str:
         parts = None
     # a slash in a password makes the beginning of it a port, and the rest of it a database
     if parts is None or re.search(r"[^\d,]", str(parts.get("port") or "")) or "@" in str(parts.get("dbname")):
-        raise UsageError(
+        raise SettingsError(
             "the URL of the store is not understood; write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, "
             "with special characters as %XX"
         )
