@@ -17,7 +17,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -331,12 +331,35 @@ def kill_descendants(collect: Callable[[int, int, resource.struct_rusage], None]
                 collect(pid, status, usage)
             continue
         group.allow_no_more()
-        for pid in descendants():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
+        found = descendants()
+        family = {os.getpid(), *found}
+        killed.update(pid for pid in found if kill(pid, family))
         signal.sigtimedwait([signal.SIGCHLD], pause)
         pause = min(0.25, pause * 1.5)  # one may hang in the kernel for long
+
+
+def kill(pid: int, family: Collection[int]) -> bool:
+    """SIGKILL a descendant; whether it still was one, and not somebody else's who was given its pid since.
+    ``family``: pids of which one is its parent's."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    except (OSError, AttributeError):  # unknown to the kernel, an engine's filter, or this Python
+        process = -1
+    try:
+        if _parent(pid) not in family:
+            return False
+        if process < 0:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        if process >= 0:
+            os.close(process)
 
 
 def descendants() -> list[int]:
@@ -356,10 +379,14 @@ def children_by_parent() -> dict[int, list[int]]:
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    parent = int(file.read().rpartition(b")")[2].split()[1])
-            except (OSError, IndexError, ValueError):
-                continue
-            children.setdefault(parent, []).append(int(name))
+            children.setdefault(_parent(int(name)), []).append(int(name))
     return children
+
+
+def _parent(pid: int) -> int:
+    """The pid of a process' parent; -1: it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return -1
