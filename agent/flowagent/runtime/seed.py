@@ -21,8 +21,10 @@ def main(root: str, digest: str) -> None:
         path = os.path.join(target, name)
         if not os.path.isdir(os.path.dirname(path)):
             os.makedirs(os.path.dirname(path))
-        with open(path, "wb") as file:
+        # by a rename: flows may be reading the one that is there
+        with open(path + ".new", "wb") as file:
             file.write(data)
+        os.rename(path + ".new", path)
     sys.path.insert(0, target)
     import importlib
 

@@ -15,6 +15,8 @@ from flowagent.settings import Settings
 
 GROUND = "/flowagent"
 """Where the ground floor is in every container."""
+GROUND_LABEL = "flowagent.ground"
+"""Of the volumes that hold it, and of the containers that fill them."""
 SUPERVISION = 16
 """Processes that init and supervisor may need beside the flow's."""
 HARMLESS = frozenset(
@@ -71,13 +73,15 @@ class Rules:
         """The body that a container is created with (Engine API, ContainerCreate)."""
         limits = self.limits_of(config)
         host = {key: value for key, value in (config.get("host_config") or {}).items() if key not in AT_MOST}
-        volumes = [*self._volumes, *self._asked(config)]
+        mounts = [volume.mount for volume in (*self._volumes, *self._asked(config))]
         if ground is not None:
-            volumes.append(Volume(ground, GROUND, writable=False))
+            # should it have to be made anew: nothing of the image's gets into it
+            options = {"NoCopy": True, "Labels": {GROUND_LABEL: ""}}
+            mounts.append({**Volume(ground, GROUND, writable=False).mount, "VolumeOptions": options})
         host = {
             **host,
             **CONFINED,
-            "Mounts": [*(volume.mount for volume in volumes), *host.get("Mounts", ())],
+            "Mounts": [*mounts, *host.get("Mounts", ())],
             "CapAdd": host.get("CapAdd", []),
             "NetworkMode": next(iter(self._settings.networks), host.get("NetworkMode", "default")),
             "PidsLimit": limits.processes + SUPERVISION if limits.processes else 0,

@@ -7,9 +7,10 @@ container is found again by its name, and ends by itself when its lease does.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,13 +20,14 @@ from typing import Any
 import anyio
 
 from flowagent.docker import Engine, EngineError, images, parse
-from flowagent.errors import LauncherError
+from flowagent.errors import AgentError
+from flowagent.files import write
 from flowagent.models import Json
 from flowagent.runners.contained import EXECUTE, IMAGE_ID, brief, check_image, furnish, limits_of
 from flowagent.runners.docker import packing
 from flowagent.runners.docker.containers import Rules
 from flowagent.runners.docker.conversation import AGAIN, Conversation
-from flowagent.runners.docker.grounds import Grounds, start
+from flowagent.runners.docker.grounds import Grounds, remove, start
 from flowagent.runners.protocol import Order
 from flowagent.runtime.container import boot_id
 from flowagent.runtime.rundir import RunDirectory
@@ -33,6 +35,8 @@ from flowagent.runtime.sandbox import CONTAINER
 from flowagent.settings import Settings
 
 PYTHON = "python3"
+OWNER = "owner"
+"""The file in the agent's directory that says what its containers are labelled with."""
 KEPT = "-kept"
 """At the end of the name of a container that is kept."""
 
@@ -48,25 +52,25 @@ class DockerRunner:
 
     def __init__(self, settings: Settings, directory: Path) -> None:
         self._settings = settings
+        self._directory = directory
         self._runs = directory / "runs"
         self._rules = Rules(settings)
         self._engine = Engine(settings.engine)
         self._grounds = Grounds(self._engine, settings.home / "ground")
         self._conversations: dict[str, Conversation] = {}
         self._boot_id = boot_id()
-        whose = f"{os.uname().nodename}\0{os.path.realpath(directory)}"
-        self._owner = hashlib.sha256(whose.encode()).hexdigest()[:16]
+        self._owner = ""
 
     async def open(self) -> None:
         """Reach the engine, and remove containers that this agent has left and forgotten."""
-        await self._engine.call("GET", "/version")
+        self._owner = self._grounds.owner = await anyio.to_thread.run_sync(_owner, self._directory)
         filters = {"label": [f"flowagent.owner={self._owner}"]}
         listed = await self._engine.call("GET", "/containers/json", params={"all": 1, "filters": filters})
         for each in listed:
             name = each["Names"][0].lstrip("/") if each["Names"] else ""
             run = self._runs / name.removeprefix("flowagent-")
             if not name.endswith(KEPT) and not run.exists():
-                await self._remove(each["Id"])
+                await remove(self._engine, each["Id"])
 
     async def prepare(self) -> None:
         """Have the image at hand that runs get which name none."""
@@ -117,8 +121,8 @@ class DockerRunner:
         name = order.image or order.config.get("image") or self._default_image
         image = await self._image(name)
         command, ground = [*EXECUTE, "-"], None
+        python = order.config.get("python") or PYTHON
         if not self._resolves(order):
-            python = order.config.get("python") or PYTHON
             ground = await self._grounds.volume(image, python, name)
             command = self._grounds.command(python, "--container")
         labels = {
@@ -133,6 +137,8 @@ class DockerRunner:
         order.run.note({"container": container, "image": name, "program": command[0]})
         for network in self._settings.networks[1:]:
             await self._engine.call("POST", f"/networks/{network}/connect", body={"Container": container})
+        if ground is not None:
+            await self._grounds.keep(image, python, name)
         self._conversations[order.run.path] = self._conversation(container, order.run)
 
     def _conversation(self, container: str, run: RunDirectory) -> Conversation:
@@ -191,7 +197,7 @@ class DockerRunner:
         if found is None:
             return "began" in run.status()
         if found["State"]["Status"] == "created":
-            await self._remove(found["Id"])
+            await remove(self._engine, found["Id"])
             return False
         return True
 
@@ -240,7 +246,7 @@ class DockerRunner:
             params = {"name": _name(run) + KEPT}
             await self._engine.call("POST", f"/containers/{found['Id']}/rename", params=params)
         else:
-            await self._remove(found["Id"])
+            await remove(self._engine, found["Id"])
 
     # -- the engine ----------------------------------------------------------------------------------
 
@@ -255,14 +261,23 @@ class DockerRunner:
                     return None
                 await anyio.sleep(AGAIN)
 
-    async def _remove(self, container: str) -> None:
-        """Remove a container with all that is in it; that somebody else did so, or does now, is as good."""
-        try:
-            await self._engine.call("DELETE", f"/containers/{container}", params={"force": 1, "v": 1})
-        except EngineError as error:
-            if error.status not in (404, 409):
-                raise LauncherError(f"container {container[:12]} cannot be removed: {error}") from None
-
 
 def _name(run: RunDirectory) -> str:
     return f"flowagent-{os.path.basename(run.path)}"
+
+
+def _owner(directory: Path) -> str:
+    """Whose containers those of an agent are: what a file in its directory says, made when it first starts.
+    Its host is no part of it: an agent in a container is on another host whenever that is made anew.
+
+    :raises AgentError: the file cannot be read or written."""
+    file = directory / OWNER
+    try:
+        with suppress(FileExistsError):
+            write(file, [secrets.token_hex(8).encode()], exclusive=True)
+        owner = file.read_text("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AgentError(f"{file} cannot be used: {error}; check its permissions") from None
+    if not re.fullmatch("[0-9a-f]{16}", owner):
+        raise AgentError(f"{file} does not hold what an agent writes there; remove it")
+    return owner
