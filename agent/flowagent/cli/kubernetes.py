@@ -21,7 +21,8 @@ kubernetes.add_command(for_runner("kubernetes", "pods of a Kubernetes cluster"))
 
 @kubernetes.command(cls=Command)
 @click.option("--name", default="flowagent", metavar="NAME", help="Of the agent and its objects. [flowagent]")
-@click.option("--namespace", default="default", metavar="NAME", help="Where it is and makes jobs. [default]")
+@click.option("--namespace", default="default", metavar="NAME", help="Where it is. [default]")
+@click.option("--job-namespace", metavar="NAME", help="Where it makes jobs. [where it is]")
 @click.option("--image", metavar="IMAGE", help="Of the agent. [flowagent:VERSION]")
 @click.option("--job-image", metavar="IMAGE", help="For runs that name none. [the agent's]")
 @click.option(
@@ -33,6 +34,7 @@ def manifest(
     session: Session,
     name: str,
     namespace: str,
+    job_namespace: str | None,
     image: str | None,
     job_image: str | None,
     labels: tuple[str, ...],
@@ -41,7 +43,8 @@ def manifest(
     """Print what an agent in a cluster needs, for kubectl apply -f -.
 
     A Deployment with its volume, and a ServiceAccount with a Role that allows what the agent does, and no
-    more. Where the store is, a Secret of the agent's name has to say:
+    more. With --job-namespace the Role is there, and flows do not reach what the agent has in its own
+    namespace. Where the store is, a Secret of the agent's name has to say:
 
     kubectl create secret generic flowagent --from-literal=store=postgresql://...
     """
@@ -61,6 +64,7 @@ def manifest(
         labels=label_names.parse(list(labels)),
         job_image=job_image or own,
         storage=storage,
+        job_namespace=job_namespace,
     )
     yaml.SafeDumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
     click.echo(yaml.safe_dump_all(found, sort_keys=False), nl=False)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from flowagent.errors import FlowagentError, SettingsError, one_line
+from flowagent.kubernetes.names import Account, account_of, is_label
 
 if TYPE_CHECKING:
     import httpx2
@@ -44,7 +45,8 @@ class ClusterError(FlowagentError):
 
 class Cluster:
     """One namespace of one cluster: that of ``KUBECONFIG``, else of the pod that this runs in, else of
-    ``~/.kube/config``. ``namespace`` None: the one that is named there.
+    ``~/.kube/config``. ``namespace`` None: the one that is named there. ``account``: the service account
+    that is used, if it is known to be one.
 
     :raises SettingsError: there is none, or what is written there cannot be used."""
 
@@ -61,6 +63,9 @@ class Cluster:
         except ImportError as error:
             raise SettingsError(f"Kubernetes takes a package that is not installed: {EXTRA}") from error
         config = _config(context, environ)
+        self.namespace = namespace or config.namespace or "default"
+        if not is_label(self.namespace):
+            raise SettingsError(f"{self.namespace[:100]!r} is no name of a namespace; correct it")
         timeout = httpx2.Timeout(TIMEOUT)
         try:
             params = client_adapter.ConnectionParams(timeout=timeout)
@@ -71,7 +76,7 @@ class Cluster:
             raise SettingsError(f"{_source(config)} cannot be used: {one_line(str(error), 300)}") from error
         self._errors = (httpx2.HTTPError, ConfigError, TimeoutError, OSError)
         self.url = config.cluster.server
-        self.namespace = namespace or config.namespace or "default"
+        self.account = _account(config)
         self._ahead = 0.0  # seconds that the cluster's clock is ahead of this machine's
 
     async def close(self) -> None:
@@ -235,9 +240,22 @@ def _config(context: str | None, environ: Mapping[str, str]) -> SingleConfig:
     return found
 
 
+def _account(config: SingleConfig) -> Account | None:
+    """Whose token is used, as far as one can tell from here."""
+    user = config.user
+    if user is None or user.token or not user.token_file:
+        return account_of(user.token if user else None)
+    try:
+        return account_of(Path(config.abs_file(user.token_file)).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def _said(error: Exception) -> str:
     if isinstance(error, LookupError):
         return f"it has no {error}"
+    if isinstance(error, (AttributeError, TypeError)):  # a list for a table, nothing for a list
+        return "it is not made like a kubeconfig"
     return one_line(str(error), 300) or type(error).__name__
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from flowagent.errors import UsageError
+from flowagent.kubernetes.names import is_label
+
 HOME = "/var/lib/flowagent"
 PORT = 8080
 USER = 1000
@@ -12,7 +15,7 @@ USER = 1000
 
 
 class Right(NamedTuple):
-    """What may be done with one kind of object in the agent's namespace."""
+    """What may be done with one kind of object in the namespace of the jobs."""
 
     group: str
     resource: str
@@ -29,13 +32,31 @@ RIGHTS = (
 
 
 def manifest(
-    *, name: str, namespace: str, image: str, labels: Sequence[str], job_image: str, storage: str
+    *,
+    name: str,
+    namespace: str,
+    image: str,
+    labels: Sequence[str],
+    job_image: str,
+    storage: str,
+    job_namespace: str | None = None,
 ) -> list[dict[str, Any]]:
     """The objects of one agent. ``job_image`` is for runs that name none; ``storage`` the size of the volume
-    on which it keeps what it knows of its runs, as Kubernetes writes sizes.
+    on which it keeps what it knows of its runs, as Kubernetes writes sizes; ``job_namespace`` where it makes
+    jobs, and has its rights; None: where it is itself.
 
-    Where the store is, a Secret of the agent's name says: a key ``store``. It is not among the objects."""
+    Where the store is, a Secret of the agent's name says: a key ``store``. It is not among the objects.
+
+    :raises UsageError: a name can be none in a cluster."""
+    jobs = namespace if job_namespace is None else job_namespace
+    for what, given in (("name", name), ("namespace", namespace), ("job-namespace", jobs)):
+        if not is_label(given):
+            raise UsageError(
+                f"--{what}: {given[:100]!r} can be no name in a cluster; "
+                "take at most 63 lower case letters, digits and hyphens, no hyphen first or last"
+            )
     meta = {"name": name, "namespace": namespace, "labels": {"app.kubernetes.io/name": name}}
+    for_jobs = {**meta, "namespace": jobs}
     rules = [
         {"apiGroups": [right.group], "resources": [right.resource], "verbs": list(right.verbs)}
         for right in RIGHTS
@@ -46,11 +67,11 @@ def manifest(
     volume = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": storage}}}
     return [
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta},
-        {"apiVersion": rbac, "kind": "Role", "metadata": meta, "rules": rules},
+        {"apiVersion": rbac, "kind": "Role", "metadata": for_jobs, "rules": rules},
         {
             "apiVersion": rbac,
             "kind": "RoleBinding",
-            "metadata": meta,
+            "metadata": for_jobs,
             "roleRef": role,
             "subjects": [subject],
         },
@@ -65,15 +86,15 @@ def manifest(
                 "selector": {"matchLabels": meta["labels"]},
                 "template": {
                     "metadata": {"labels": meta["labels"]},
-                    "spec": _pod(name, namespace, image, labels, job_image),
+                    "spec": _pod(name, jobs, image, labels, job_image),
                 },
             },
         },
     ]
 
 
-def _pod(name: str, namespace: str, image: str, labels: Sequence[str], job_image: str) -> dict[str, Any]:
-    arguments = ["start", "--runner", "kubernetes", "--name", name, "--namespace", namespace]
+def _pod(name: str, jobs: str, image: str, labels: Sequence[str], job_image: str) -> dict[str, Any]:
+    arguments = ["start", "--runner", "kubernetes", "--name", name, "--namespace", jobs]
     arguments += ["--no-hostname-label", "--image", job_image, "--health-address", f"0.0.0.0:{PORT}"]
     if labels:
         arguments += ["--labels", ",".join(labels)]
