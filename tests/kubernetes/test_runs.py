@@ -307,8 +307,9 @@ def test_twenty_pods_at_once(site: Site) -> None:
             "pass",
             "job_template={'spec': {'template': {'spec': {'hostNetwork': True}}}}",
             "crashed",
-            "asks for hostNetwork, which reaches beyond its pod",
+            "asks for spec.template.spec.hostNetwork: True, which is not for flows to set",
         ),
+        ("impostor", "pass", f"service_account_name={AGENT!r}", "crashed", "which is an agent's own"),
     ],
 )
 def test_ends_are_told_apart(yard: Site, name: str, body: str, config: str, state: str, reason: str) -> None:

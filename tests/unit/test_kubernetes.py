@@ -13,7 +13,7 @@ import pytest
 from flowagent.errors import FlowagentError, SandboxError, SettingsError
 from flowagent.kubernetes.manifest import manifest
 from flowagent.run_configs import KubernetesRun
-from flowagent.runners.kubernetes import jobs, symptoms, templates
+from flowagent.runners.kubernetes import allowed, jobs, symptoms, templates
 from flowagent.settings import Settings
 
 SSH_KEYS = """
@@ -43,12 +43,14 @@ def settings(**more: Any) -> Settings:
 
 
 def made(*given: dict[str, Any], config: KubernetesRun | None = None, **more: Any) -> dict[str, Any]:
+    """The job of the agent's template, then the flow's."""
     own = settings(**more)
     asked = (config or KubernetesRun()).to_json()
     image = jobs.image_of(own, given, asked, None)
     return jobs.job(
         own,
-        given,
+        next(iter(given), {}),
+        given[1:],
         asked,
         name="flowagent-00ff.1",
         image=image,
@@ -57,6 +59,7 @@ def made(*given: dict[str, Any], config: KubernetesRun | None = None, **more: An
         run_id="00ff",
         attempt=1,
         flow_name="A flow with a name that no label can have",
+        grace=own.grace,
         lasts=20,
     )
 
@@ -143,6 +146,14 @@ def test_a_flow_s_template_goes_over_the_agent_s() -> None:
     assert own["metadata"] == {"labels": {"team": "data"}}  # what was given stays as it was
 
 
+def test_a_variable_has_one_source() -> None:
+    secret = {"secretKeyRef": {"name": "of-the-agent", "key": "a"}}
+    own = _of_flow(env=[{"name": "A", "valueFrom": secret}, {"name": "B", "valueFrom": secret}])
+    part = {"name": "B", "valueFrom": {"secretKeyRef": {"key": "another"}}}
+    job = made(own, _of_flow(env=[{"name": "A", "value": "1"}, part]), image="a:1")
+    assert flow_container(job)["env"] == [{"name": "A", "value": "1"}, part]
+
+
 def test_what_no_template_changes() -> None:
     hostile = {
         "metadata": {"name": "mine", "namespace": "kube-system", "labels": {jobs.OWNER: "another"}},
@@ -173,14 +184,21 @@ def test_what_no_template_changes() -> None:
     assert made({"spec": {"activeDeadlineSeconds": 7}}, image="a:1")["spec"]["activeDeadlineSeconds"] == 7
 
 
+HARDENED = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
 def test_by_default_a_pod_may_do_nothing() -> None:
     job = made(image="a:1")
     pod = job["spec"]["template"]["spec"]
     assert pod["automountServiceAccountToken"] is False
-    assert flow_container(job)["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-    }
+    assert flow_container(job)["securityContext"] == HARDENED
+    assert pod["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
+    assert pod["terminationGracePeriodSeconds"] == 15
+    assert job["spec"]["suspend"] is False
 
 
 def test_an_image_has_to_be_named() -> None:
@@ -196,30 +214,300 @@ def _of_flow(**fields: Any) -> dict[str, Any]:
     return _pod(containers=[{"name": "flow", **fields}])
 
 
+def _with_volume(**kind: Any) -> dict[str, Any]:
+    return _pod(volumes=[{"name": "v", **kind}])
+
+
+def _toleration(**fields: Any) -> dict[str, Any]:
+    return _pod(tolerations=[fields])
+
+
+WHERE = "the flow's job template"
+UNCONFINED = {"seccompProfile": {"type": "Unconfined"}}
+TOKEN = {"sources": [{"serviceAccountToken": {"path": "token"}}]}
+CLONE = {"spec": {"dataSource": {"kind": "PersistentVolumeClaim", "name": "agent"}}}
+PROBE = {"httpGet": {"host": "169.254.169.254", "port": 80}}
+APPARMOR = {"container.apparmor.security.beta.kubernetes.io/flow": "unconfined"}
+
+
 @pytest.mark.parametrize(
     ("template", "what"),
     [
         (_pod(hostNetwork=True), "hostNetwork"),
         (_pod(hostPID=True), "hostPID"),
         (_pod(hostIPC=True), "hostIPC"),
+        (_pod(hostUsers=True), "hostUsers"),
         (_pod(nodeName="n"), "nodeName"),
-        (_pod(volumes=[{"name": "v", "hostPath": {"path": "/"}}]), "hostPath"),
+        (_pod(runtimeClassName="runc"), "runtimeClassName"),
+        (_pod(serviceAccount="other"), "serviceAccount"),  # the old name of serviceAccountName
+        (_pod(automountServiceAccountToken=True), "automountServiceAccountToken: True"),
+        (_pod(priorityClassName="system-node-critical"), "priorityClassName: system-node-critical"),
+        (_with_volume(hostPath={"path": "/"}), r"volumes\[v\].hostPath"),
+        (_with_volume(gitRepo={"repository": "r"}), "gitRepo"),
+        (_with_volume(nfs={"server": "s", "path": "/"}), "nfs"),
+        (_with_volume(csi={"driver": "d"}), "csi"),
+        (_with_volume(projected=TOKEN), "serviceAccountToken"),
+        (_with_volume(ephemeral={"volumeClaimTemplate": CLONE}), "dataSource"),
+        (_toleration(operator="Exists"), "no key, which is all taints"),
+        (_toleration(operator="Exists", key=""), "no key, which is all taints"),
+        (_toleration(operator="Exists", key="node-role.kubernetes.io/master"), "node-role.*master"),
         (_pod(securityContext={"sysctls": [{"name": "a", "value": "b"}]}), "sysctls"),
+        (_pod(securityContext=UNCONFINED), "seccompProfile: a profile other than RuntimeDefault"),
+        (_pod(securityContext={"windowsOptions": {"hostProcess": True}}), "windowsOptions"),
+        (_of_flow(securityContext=UNCONFINED), "seccompProfile: a profile other than RuntimeDefault"),
+        (_of_flow(securityContext={"seLinuxOptions": {"type": "spc_t"}}), "seLinuxOptions"),
+        (_of_flow(securityContext={"windowsOptions": {"hostProcess": True}}), "windowsOptions"),
+        (_of_flow(securityContext={"procMount": "Unmasked"}), "procMount"),
         (_of_flow(securityContext={"privileged": True}), "privileged"),
         (_of_flow(securityContext={"allowPrivilegeEscalation": True}), "allowPrivilegeEscalation"),
         (_of_flow(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}), "capabilities"),
         (_of_flow(ports=[{"containerPort": 80, "hostPort": 80}]), "hostPort"),
+        (_of_flow(lifecycle={"preStop": {"exec": {"command": ["sleep", "9"]}}}), "lifecycle"),
+        (_of_flow(livenessProbe=PROBE), "livenessProbe.httpGet.host"),
+        (_of_flow(restartPolicy="Always"), "restartPolicy"),
+        (_of_flow(tty=True), "tty"),
+        (_of_flow(volumeMounts=[{"name": "v", "mountPath": "/v", "mountPropagation": "None"}]), "mountProp"),
+        (_of_flow(volumeMounts=[{"name": "v", "mountPath": "/v"}]), "a mount of volume v"),
         (_pod(initContainers=[{"name": "i", "securityContext": {"privileged": True}}]), "privileged"),
+        ({"metadata": {"finalizers": ["a/b"]}}, "metadata.finalizers"),
+        ({"metadata": {"ownerReferences": []}}, "metadata.ownerReferences"),
+        ({"metadata": {"labels": {"flowagent.owner": "another"}}}, "labels: flowagent.owner"),
+        ({"spec": {"template": {"metadata": {"annotations": APPARMOR}}}}, "annotations: container.apparmor"),
+        ({"spec": {"podFailurePolicy": {"rules": []}}}, "spec.podFailurePolicy"),
+        ({"spec": {"manualSelector": True}}, "spec.manualSelector"),
+        ({"newField": True}, "newField"),
     ],
 )  # fmt: skip
-def test_a_flow_s_template_stays_in_its_pod(template: dict[str, Any], what: str) -> None:
-    checked = templates.checked(template, "the flow's job template")
+def test_what_flows_may_not_say(template: dict[str, Any], what: str) -> None:
+    checked = templates.checked(template, WHERE)
     with pytest.raises(SandboxError, match=f"asks for .*{what}.*--job-template"):
-        templates.check_harmless(checked, "the flow's job template")
+        allowed.check(checked, WHERE)
 
 
-def test_a_harmless_template() -> None:
-    templates.check_harmless(templates.parse(SSH_KEYS, "here"), "here")
+HARMLESS = """
+apiVersion: batch/v1
+kind: Job
+metadata: {name: mine, creationTimestamp: null, labels: {team: data, app.kubernetes.io/part-of: reports}}
+spec:
+  backoffLimit: 3
+  suspend: true
+  template:
+    metadata: {creationTimestamp: null, annotations: {prometheus.io/scrape: "true"}}
+    spec:
+      automountServiceAccountToken: false
+      hostNetwork: false
+      nodeSelector: {disk: ssd}
+      priorityClassName: batch
+      restartPolicy: OnFailure
+      securityContext: {runAsUser: 5, fsGroup: 6, supplementalGroups: [7], runAsNonRoot: true}
+      serviceAccountName: reader
+      terminationGracePeriodSeconds: 3600
+      tolerations: [{key: gpu, operator: Exists}]
+      initContainers:
+        - {name: proxy, image: "p:1", restartPolicy: Always, startupProbe: {tcpSocket: {port: 80}}}
+      containers:
+        - name: flow
+          env: [{name: A, valueFrom: {secretKeyRef: {name: s, key: a}}}]
+          envFrom: [{secretRef: {name: s}}]
+          resources: {limits: {nvidia.com/gpu: 1}}
+          securityContext: {readOnlyRootFilesystem: true, capabilities: {drop: [KILL]}}
+          volumeMounts: [{name: scratch, mountPath: /scratch}]
+      volumes:
+        - {name: scratch, emptyDir: {medium: Memory}}
+        - {name: a, configMap: {name: c}}
+        - {name: b, persistentVolumeClaim: {claimName: data}}
+        - {name: c, projected: {sources: [{secret: {name: s}}, {configMap: {name: c}}]}}
+        - {name: d, downwardAPI: {items: []}}
+        - {name: e, ephemeral: {volumeClaimTemplate: {spec: {accessModes: [ReadWriteOnce]}}}}
+"""
+
+
+def test_what_flows_may_say() -> None:
+    for text in (SSH_KEYS, HARMLESS):
+        allowed.check(templates.parse(text, WHERE), WHERE, reserved=["agent"])
+    job = made({}, templates.parse(HARMLESS, WHERE), image="a:1")
+    kubernetes_validate.validate(job, VERSIONS[-1], strict=True)
+    pod, flow = job["spec"]["template"]["spec"], flow_container(job)
+    assert (job["spec"]["suspend"], job["spec"]["backoffLimit"], pod["restartPolicy"]) == (False, 0, "Never")
+    assert pod["terminationGracePeriodSeconds"] == 15
+    assert (
+        made(_pod(terminationGracePeriodSeconds=1), image="a:1", grace=30.5)["spec"]["template"]["spec"][
+            "terminationGracePeriodSeconds"
+        ]
+        == 31 + jobs.KILL_MARGIN
+    )
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsUser"] == 5
+    assert flow["securityContext"] == {**HARDENED, "readOnlyRootFilesystem": True}
+
+
+LOOSENED = {
+    "securityContext": {
+        "privileged": True,
+        "allowPrivilegeEscalation": True,
+        "capabilities": {"add": ["SYS_ADMIN"]},
+        "seccompProfile": {"type": "Unconfined"},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    "container", [{"securityContext": None}, {"securityContext": {"capabilities": None}}, LOOSENED]
+)
+def test_no_flow_s_template_loosens_its_containers(container: dict[str, Any]) -> None:
+    """Whatever of it may have been let through."""
+    asked = _pod(
+        automountServiceAccountToken=True,
+        securityContext=None,
+        containers=[{"name": "sidecar", "image": "s:1", **container}, {"name": "flow", **container}],
+        initContainers=[{"name": "first", "image": "s:1"}],
+    )
+    job = made({}, asked, image="a:1")
+    pod = job["spec"]["template"]["spec"]
+    for each in (*pod["containers"], *pod["initContainers"]):
+        assert {key: each["securityContext"][key] for key in HARDENED} == HARDENED
+    assert pod["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
+    assert pod["automountServiceAccountToken"] is False
+
+
+def test_what_the_agent_s_template_confines_stays() -> None:
+    rights = {"readOnlyRootFilesystem": True, "capabilities": {"add": ["KILL"]}}
+    own = _pod(
+        automountServiceAccountToken=False,
+        nodeSelector={"pool": "flows"},
+        affinity={"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {}}},
+        priorityClassName="low",
+        securityContext={"runAsNonRoot": True, "runAsUser": 1000},
+        containers=[
+            {"name": "flow", "securityContext": rights},
+            {"name": "proxy", "image": "p:1", "securityContext": {"capabilities": {"add": ["NET_ADMIN"]}}},
+        ],
+    )  # fmt: skip
+    own["spec"]["template"]["metadata"] = {"labels": {"network": "closed"}}
+    root = {"runAsUser": 0, "runAsNonRoot": False, "readOnlyRootFilesystem": False}
+    asked = _pod(
+        nodeSelector={"pool": "control", "disk": "ssd"},
+        affinity={"nodeAffinity": {}},
+        priorityClassName="high",
+        securityContext={"runAsUser": 0, "fsGroup": 5},
+        containers=[
+            {"name": "flow", "securityContext": root},
+            {"name": "mine", "image": "m:1", "securityContext": {"runAsUser": 0}},
+        ],
+    )  # fmt: skip
+    asked["spec"]["template"]["metadata"] = {"labels": {"network": "open", "mine": "yes"}}
+    allowed.check(templates.checked(asked, WHERE), WHERE, own=own)
+    job = made(own, asked, config=KubernetesRun(service_account_name="reader"), image="a:1")
+    pod = job["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"pool": "flows", "disk": "ssd"}
+    assert pod["affinity"] == own["spec"]["template"]["spec"]["affinity"]
+    assert (pod["priorityClassName"], pod["automountServiceAccountToken"]) == ("low", False)
+    assert pod["securityContext"]["runAsUser"] == 1000 and pod["securityContext"]["fsGroup"] == 5
+    found = {each["name"]: each["securityContext"] for each in pod["containers"]}
+    for name in ("flow", "mine"):
+        assert (found[name]["runAsUser"], found[name]["runAsNonRoot"]) == (1000, True)
+        assert found[name]["readOnlyRootFilesystem"] is True
+        assert found[name]["capabilities"] == {"drop": ["ALL"], "add": ["KILL"]}
+    assert found["proxy"] == {"capabilities": {"add": ["NET_ADMIN"]}}
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert (labels["network"], labels["mine"]) == ("closed", "yes")
+
+
+def test_the_agent_s_template_may_loosen() -> None:
+    loose = {"name": "flow", "securityContext": {"privileged": True, "allowPrivilegeEscalation": True}}
+    own = _pod(automountServiceAccountToken=True, securityContext=UNCONFINED, containers=[loose])
+    job = made(own, image="a:1")
+    assert job["spec"]["template"]["spec"]["automountServiceAccountToken"] is True
+    rights = flow_container(job)["securityContext"]
+    assert (rights["privileged"], rights["seccompProfile"]) == (True, {"type": "Unconfined"})
+    without = made(_of_flow(securityContext=None), image="a:1")
+    assert flow_container(without)["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        (_pod(containers=[{"name": "proxy", "command": ["sh"]}]), "container proxy of the agent"),
+        (_pod(initContainers=[{"name": "proxy", "image": "s:1"}]), "container proxy of the agent"),
+        (_pod(volumes=[{"name": "host", "emptyDir": {}}]), "volume host of the agent"),
+        (_pod(volumes=[{"name": jobs.VOLUME, "emptyDir": {}}]), f"volume {jobs.VOLUME} of the agent"),
+        (_of_flow(volumeMounts=[{"name": "host", "mountPath": "/h"}]), "a mount of volume host"),
+    ],
+)
+def test_what_the_agent_s_template_brings_stays_as_it_is(asked: dict[str, Any], what: str) -> None:
+    own = _pod(containers=[{"name": "proxy"}], volumes=[{"name": "host", "hostPath": {"path": "/"}}])
+    with pytest.raises(SandboxError, match=what):
+        allowed.check(templates.checked(asked, WHERE), WHERE, own=own)
+
+
+def _env(**source: Any) -> dict[str, Any]:
+    return _of_flow(env=[{"name": "A", "valueFrom": source}])
+
+
+OTHERS = "flowagent-0123abcd.1"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        _pod(serviceAccountName="agent"),
+        _pod(imagePullSecrets=[{"name": "agent"}]),
+        _with_volume(secret={"secretName": "agent"}),
+        _with_volume(secret={"secretName": "agent-token-x8k2p"}),
+        _with_volume(secret={"secretName": OTHERS}),
+        _with_volume(projected={"sources": [{"secret": {"name": "agent"}}]}),
+        _with_volume(persistentVolumeClaim={"claimName": "agent"}),
+        _env(secretKeyRef={"name": "agent", "key": "store"}),
+        _of_flow(envFrom=[{"secretRef": {"name": "agent"}}]),
+        _pod(initContainers=[{"name": "i", "image": "i:1", "envFrom": [{"secretRef": {"name": "agent"}}]}]),
+    ],
+)
+def test_the_agent_s_own_is_not_for_flows(template: dict[str, Any]) -> None:
+    checked = templates.checked(template, WHERE)
+    with pytest.raises(SandboxError, match=r"which is an agent's own; use another.*--job-namespace NAME"):
+        allowed.check(checked, WHERE, reserved=["agent"])
+    if OTHERS not in str(template):
+        allowed.check(checked, WHERE, reserved=["another"])
+
+
+def test_the_agent_s_own_is_not_for_run_configs() -> None:
+    for config in (KubernetesRun(service_account_name="agent"), KubernetesRun(image_pull_secrets=["agent"])):
+        with pytest.raises(
+            SandboxError, match="the flow's run config asks for agent, which is an agent's own"
+        ):
+            allowed.check_config(config.to_json(), ["agent"])
+        allowed.check_config(config.to_json(), [])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"spec": None}, "spec takes a table"),
+        ({"spec": {"template": None}}, "template takes a table"),
+        (_pod(containers=None), "containers takes a list of tables"),
+        (_pod(containers={}), "containers takes a list of tables"),
+        (_pod(containers=[None]), "containers takes a list of tables"),
+        (_pod(containers=[{"image": "a:1"}]), "containers takes tables that all have a name"),
+        (_pod(containers=[{"name": 3}]), "containers takes tables that all have a name"),
+        (_pod(volumes=[{"emptyDir": {}}]), "volumes takes tables that all have a name"),
+        (_of_flow(volumeMounts=[{"name": "v"}]), "volumeMounts takes tables that all have a mountPath"),
+        (_of_flow(env=[{"value": "x"}]), "env takes tables that all have a name"),
+        (_of_flow(securityContext=[]), "securityContext takes a table"),
+        (_of_flow(securityContext=None), r"containers\[flow\].securityContext is null"),
+        (_of_flow(securityContext={"capabilities": None}), "capabilities is null"),
+        (_pod(automountServiceAccountToken=None), "automountServiceAccountToken is null"),
+        (_pod(tolerations=[3]), "tolerations takes a list of tables"),
+        (_of_flow(envFrom={}), "envFrom takes a list of tables"),
+        (_of_flow(envFrom=[3]), r"envFrom\[0\] takes a table"),
+        (_of_flow(livenessProbe=[]), "livenessProbe takes a table"),
+        (_with_volume(secret="agent"), "secret takes a table"),
+        (_with_volume(secret={"secretName": ["agent"]}), "secretName, takes a name"),
+    ],
+)
+def test_templates_of_flows_that_are_malformed(template: dict[str, Any], message: str) -> None:
+    with pytest.raises(templates.TemplateError, match=f"^{WHERE}.*{message}") as refused:
+        allowed.check(templates.checked(template, WHERE), WHERE, reserved=["agent"])
+    assert "\n" not in str(refused.value)
 
 
 LAUGHS = "\n".join(["a0: &a0 {x: y}", *(f"a{i}: &a{i} {{x: *a{i - 1}, y: *a{i - 1}}}" for i in range(1, 30))])

@@ -1,19 +1,27 @@
-"""An agent and its cluster, without one: where the cluster is, what agents need."""
+"""An agent and its cluster, without one: what flows may ask for, where the cluster is, what agents need."""
 
 from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import kubernetes_validate
 import pytest
 
 from flowagent.cli import app
-from flowagent.errors import SettingsError, UsageError
+from flowagent.errors import SandboxError, SettingsError, UsageError
 from flowagent.kubernetes import Cluster
 from flowagent.kubernetes.manifest import RIGHTS, manifest
+from flowagent.kubernetes.names import account_of
+from flowagent.run_configs import KubernetesRun
+from flowagent.runners.kubernetes import KubernetesRunner
+from flowagent.runners.protocol import Order
+from flowagent.runtime.rundir import RunDirectory, boottime
+from flowagent.settings import Settings
 
 
 def token(subject: Any) -> str:
@@ -31,6 +39,100 @@ def kubeconfig(namespace: str = "flows", **user: Any) -> dict[str, Any]:
         "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": namespace}}],
         "current-context": "x",
     }
+
+
+# -- what flows ask for --------------------------------------------------------------------------------
+
+
+class Agent:
+    """A runner whose cluster takes everything, and keeps what it was sent."""
+
+    def __init__(self, directory: Path, **given: Any) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self.runner = KubernetesRunner(Settings(home=directory, store="sqlite://", **given), directory)
+        self.runner._cluster.call = self._take  # type: ignore[method-assign,assignment]
+        self._directory = directory
+
+    async def _take(self, *_: Any, body: Any = None, **__: Any) -> Any:
+        self.sent.append(body)
+
+    def job(self, config: KubernetesRun, stored: str | None = None) -> dict[str, Any]:
+        """What it makes of a run: a job, or an error."""
+        path = self._directory / "runs" / f"00ff.{len(self.sent)}"
+        run = RunDirectory(str(path))
+        path.mkdir(parents=True, exist_ok=True)
+        run.write_lease(boottime() + 30)
+        asked = config.to_json()
+        order = Order(run, "00ff", 1, "mine", asked, {}, grace=10, image=stored)
+        self.runner.admit(asked)
+        anyio.run(self.runner.make_ready, order)
+        return self.sent[-1]
+
+
+@pytest.fixture
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Agent]:
+    """Agents whose service account is ``agent`` of namespace ``flows``, where their jobs are too."""
+    config = tmp_path / "kubeconfig"
+    config.write_text(json.dumps(kubeconfig()))
+    monkeypatch.setenv("KUBECONFIG", str(config))
+
+    def made(**given: Any) -> Agent:
+        return Agent(tmp_path, **given)
+
+    return made
+
+
+def containers(*named: dict[str, Any], kind: str = "containers") -> dict[str, Any]:
+    return {"spec": {"template": {"spec": {kind: list(named)}}}}
+
+
+FOREIGN = {"name": "other", "image": "elsewhere.example.com/a:1"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        KubernetesRun(image="elsewhere.example.com/a:1"),
+        KubernetesRun(job_template=containers({**FOREIGN, "name": "flow"})),
+        KubernetesRun(job_template=containers(FOREIGN)),
+        KubernetesRun(job_template=containers(FOREIGN, kind="initContainers")),
+        # what goes before it does not make it good
+        KubernetesRun(image="r.example.com/a:1", job_template=containers({**FOREIGN, "name": "flow"})),
+    ],
+)
+def test_images_that_flows_name_are_from_where_they_may(
+    agent: Callable[..., Agent], config: KubernetesRun
+) -> None:
+    with pytest.raises(SandboxError, match=r"elsewhere.example.com/a:1 is from a registry that this agent"):
+        agent(image="r.example.com/a:1", registry_allow=("r.example.com",)).runner.admit(config.to_json())
+
+
+def test_the_agent_s_own_images_are_from_anywhere(agent: Callable[..., Agent], tmp_path: Path) -> None:
+    limited = {"registry_allow": ("r.example.com",)}
+    made = agent(image="own.example.com/a:1", **limited).job(KubernetesRun())
+    assert made["spec"]["template"]["spec"]["containers"][0]["image"] == "own.example.com/a:1"
+    template = tmp_path / "template.yaml"
+    template.write_text(json.dumps(containers({"name": "flow", "image": "own.example.com/b:1"}, FOREIGN)))
+    made = agent(job_template=template, **limited).job(KubernetesRun())
+    images = [each["image"] for each in made["spec"]["template"]["spec"]["containers"]]
+    assert images == ["own.example.com/b:1", FOREIGN["image"]]
+    with pytest.raises(SandboxError, match=r"elsewhere.example.com/c:1 is from a registry"):
+        agent(job_template=template, **limited).job(KubernetesRun(), stored="elsewhere.example.com/c:1")
+
+
+USING = containers({"name": "flow", "envFrom": [{"secretRef": {"name": "nightly"}}]})
+
+
+def test_an_agent_knows_what_is_its_own(agent: Callable[..., Agent]) -> None:
+    mine = agent(image="a:1", name="nightly")
+    for config in (KubernetesRun(service_account_name="agent"), KubernetesRun(job_template=USING)):
+        with pytest.raises(SandboxError, match="which is an agent's own"):
+            mine.job(config)
+        apart = agent(image="a:1", name="nightly", namespace="elsewhere")
+        assert apart.job(config)["kind"] == "Job"
+    accounts = (None, "", "opaque", "a.b.c", token("somebody"), token(3), token("system:serviceaccount:x"))
+    assert [account_of(each) for each in accounts] == [None] * len(accounts)
+    assert account_of(AGENT) == ("flows", "agent")
 
 
 # -- where the cluster is ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,9 +34,26 @@ MOST_BRIEF = 1_000_000
 """Bytes that a Secret can hold, less a little."""
 
 
+FIXED = ("securityContext", "nodeSelector", "affinity", "priorityClassName")
+"""Fields of pods of which flows' templates change nothing that the agent's says."""
+OF_BOTH = frozenset(
+    {
+        "runAsUser",
+        "runAsGroup",
+        "runAsNonRoot",
+        "seccompProfile",
+        "appArmorProfile",
+        "seLinuxOptions",
+        "windowsOptions",
+    }
+)
+"""Fields that security contexts of pods and of containers have, where those of containers go first."""
+
+
 def job(
     settings: Settings,
-    templates: Sequence[Mapping[str, Any]],
+    own: Mapping[str, Any],
+    asked: Sequence[Mapping[str, Any]],
     config: Mapping[str, Json],
     *,
     name: str,
@@ -45,15 +63,20 @@ def job(
     run_id: str,
     attempt: int,
     flow_name: str,
+    grace: float,
     lasts: int,
 ) -> dict[str, Any]:
-    """A Job for one attempt. ``templates``: the agent's, then the flow's; ``command`` runs a brief whose path
-    is its last argument; ``lasts``: seconds that it may live if nobody says otherwise later."""
-    found = _default(settings)
-    for template in templates:
+    """A Job for one attempt. ``own``: the agent's template; ``asked``: the flow's; ``command`` runs a brief
+    whose path is its last argument; ``grace``: seconds from SIGTERM to SIGKILL for the flow; ``lasts``:
+    seconds that the job may live if nobody says otherwise later."""
+    base = merged(_default(settings), own)
+    found = base
+    for template in asked:
         found = merged(found, template)
-    found = merged(found, _asked(config, image))
-    own = own_deadline([found])
+    found = _confined(merged(found, _asked(config, image)), base)
+    pod = pod_spec(found)
+    pod["automountServiceAccountToken"] = _mounts_token(settings, own, config, pod)
+    deadline = own_deadline([found])
     labels = {OWNER: owner, JOB: name, RUN: run_id, ATTEMPT: str(attempt)}
     fixed = {
         "apiVersion": "batch/v1",
@@ -63,11 +86,13 @@ def job(
             "parallelism": 1,
             "completions": 1,
             "backoffLimit": 0,  # what is tried again, flowagent tries again
-            "activeDeadlineSeconds": min(lasts, own) if own else lasts,
+            "activeDeadlineSeconds": min(lasts, deadline) if deadline else lasts,
+            "suspend": False,
             "template": {
                 "metadata": {"labels": labels},
                 "spec": {
                     "restartPolicy": "Never",
+                    "terminationGracePeriodSeconds": math.ceil(grace) + KILL_MARGIN,
                     "containers": [
                         {
                             "name": FLOW,
@@ -92,9 +117,8 @@ def job(
 def _default(settings: Settings) -> dict[str, Any]:
     away = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": AWAY}
     pod: dict[str, Any] = {
-        "automountServiceAccountToken": bool(settings.service_account),
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": round(settings.grace) + KILL_MARGIN,
+        "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
         "tolerations": [
             {"key": f"node.kubernetes.io/{state}", **away} for state in ("not-ready", "unreachable")
         ],
@@ -122,6 +146,62 @@ def _default(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _confined(found: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """``found`` with all that confines a flow as it is in ``base``, the default and the agent's template,
+    whatever was laid over it."""
+    own, pod = pod_spec(base), dict(pod_spec(found))
+    for key in FIXED:
+        if own.get(key) is not None:
+            pod[key] = _over(pod.get(key), own[key])
+    agents = {container["name"] for container in containers(own)} - {FLOW}
+    of_pod = {key: value for key, value in _table(own.get("securityContext")).items() if key in OF_BOTH}
+    of_flow = next((each.get("securityContext") for each in own["containers"] if each["name"] == FLOW), None)
+    rights = {**of_pod, **_table(of_flow)}
+    for kind in ("initContainers", "containers"):
+        if pod.get(kind):  # what flows add has the rights of the container in which they run
+            pod[kind] = [
+                each
+                if each["name"] in agents
+                else {**each, "securityContext": _over(each.get("securityContext"), rights)}
+                for each in pod[kind]
+            ]
+    labelled = _labelled(found["spec"]["template"], base["spec"]["template"])
+    return {
+        **_labelled(found, base),
+        "spec": {**found["spec"], "template": {**labelled, "spec": pod}},
+    }
+
+
+def _labelled(found: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """With the labels and annotations of ``base``: by such the cluster's rules for the network find pods."""
+    own = base["metadata"]
+    kept = {
+        key: _over(found["metadata"].get(key), own[key]) for key in ("labels", "annotations") if own.get(key)
+    }
+    return {**found, "metadata": {**found["metadata"], **kept}}
+
+
+def _over(value: Any, fixed: Any) -> Any:
+    return {**_table(value), **fixed} if isinstance(fixed, Mapping) else fixed
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _mounts_token(
+    settings: Settings, own: Mapping[str, Any], config: Mapping[str, Json], pod: Mapping[str, Any]
+) -> bool:
+    """Whether the pod gets a token of its service account: if somebody who may has named the account, unless
+    the agent's template says otherwise. A flow's template can only go without."""
+    said = pod_spec(own).get("automountServiceAccountToken")
+    if said is not None:
+        return bool(said)
+    if config.get("service_account_name"):
+        return True
+    return bool(settings.service_account) and pod.get("automountServiceAccountToken") is not False
+
+
 def _asked(config: Mapping[str, Json], image: str) -> dict[str, Any]:
     """What the arguments of a KubernetesRun say, which go before any template."""
     resources = {
@@ -137,7 +217,7 @@ def _asked(config: Mapping[str, Json], image: str) -> dict[str, Any]:
         container["imagePullPolicy"] = config["image_pull_policy"]
     pod: dict[str, Any] = {"containers": [container]}
     if config.get("service_account_name"):
-        pod |= {"serviceAccountName": config["service_account_name"], "automountServiceAccountToken": True}
+        pod |= {"serviceAccountName": config["service_account_name"]}
     if config.get("image_pull_secrets"):
         pod["imagePullSecrets"] = [{"name": secret} for secret in config["image_pull_secrets"]]
     return {"spec": {"template": {"spec": pod}}}
@@ -152,7 +232,8 @@ def own_deadline(templates: Sequence[Mapping[str, Any]]) -> int | None:
 def image_of(
     settings: Settings, templates: Sequence[Mapping[str, Any]], config: Mapping[str, Json], stored: str | None
 ) -> str:
-    """The image of the flow's container. ``stored``: that which the flow is in.
+    """The image of the flow's container. ``templates``: the agent's, then the flow's; ``stored``: that which
+    the flow is in.
 
     :raises SettingsError: nobody names one."""
     named = stored or config.get("image")

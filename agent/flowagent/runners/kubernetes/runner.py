@@ -22,7 +22,7 @@ from flowagent.kubernetes import Cluster, ClusterError
 from flowagent.kubernetes.client import MERGE
 from flowagent.models import Json
 from flowagent.runners.contained import EXECUTE, IMAGE_ID, brief, check_image, furnish, limits_of
-from flowagent.runners.kubernetes import jobs, templates
+from flowagent.runners.kubernetes import allowed, jobs, templates
 from flowagent.runners.kubernetes.conversation import AGAIN, NOT_FOUND, Conversation, delete, lasting
 from flowagent.runners.protocol import Order
 from flowagent.runtime.container import boot_id
@@ -37,6 +37,7 @@ CONFLICT = 409
 IN_IMAGE = ("python3", f"{ground.IN_IMAGES}/{ground.ENTRY}", "--container")
 """What runs a flow in an image that was built with it."""
 TRIES = 10
+WHERE = "the flow's job template"
 
 
 class JobError(LauncherError):
@@ -101,6 +102,7 @@ class KubernetesRunner:
     def admit(self, config: Mapping[str, Json]) -> dict[str, Json]:
         """:raises FlowagentError: the flow asks for what this agent does not allow, or for nonsense."""
         check_image(config.get("image"), self._settings.registry_allow)
+        allowed.check_config(config, self._reserved())
         self._given(config)
         return {"sandbox": self.floor, "grants": {}}
 
@@ -116,21 +118,22 @@ class KubernetesRunner:
         """Create the job, whose pod waits for what :meth:`start` brings.
 
         :raises FlowagentError: it cannot be had, or asks for what this agent does not allow."""
-        found = [self._template, *self._given(order.config)]
+        asked = self._given(order.config)
         if url := order.config.get("job_template_path"):
-            fetched = await templates.fetch(url)
-            templates.check_harmless(fetched, "the flow's job template")
-            found.append(fetched)
+            asked.append(self._checked(await templates.fetch(url)))
+        found = [self._template, *asked]
         image = jobs.image_of(self._settings, found, order.config, order.image)
         if image.startswith(IMAGE_ID):
             raise SandboxError(
                 f"the flow's image {image[:19]} is in no registry, where the cluster could get it; "
                 "register it with registry_url="
             )
-        check_image(image, self._settings.registry_allow)
+        for named in (order.image, order.config.get("image")):  # the agent's own may be from anywhere
+            check_image(named, self._settings.registry_allow)
         job = jobs.job(
             self._settings,
-            found,
+            self._template,
+            asked,
             order.config,
             name=_name(order.run.path),
             image=image,
@@ -139,7 +142,8 @@ class KubernetesRunner:
             run_id=order.run_id,
             attempt=order.attempt,
             flow_name=order.flow_name,
-            lasts=lasting(order.run.read_lease(), self._settings.grace),
+            grace=order.grace,
+            lasts=lasting(order.run.read_lease(), order.grace),
         )
         order.run.note({"own_deadline": jobs.own_deadline(found), "image": image})
         try:
@@ -154,10 +158,23 @@ class KubernetesRunner:
         given = config.get("job_template")
         if given is None:
             return []
-        where = "the flow's job template"
-        found = templates.parse(given, where) if isinstance(given, str) else templates.checked(given, where)
-        templates.check_harmless(found, where)
-        return [found]
+        found = templates.parse(given, WHERE) if isinstance(given, str) else templates.checked(given, WHERE)
+        return [self._checked(found)]
+
+    def _checked(self, template: dict[str, Any]) -> dict[str, Any]:
+        """A flow's template that this agent allows. :raises FlowagentError: it does not."""
+        allowed.check(template, WHERE, own=self._template, reserved=self._reserved())
+        for image in allowed.images(template):
+            check_image(image, self._settings.registry_allow)
+        return template
+
+    def _reserved(self) -> set[str]:
+        """Names of what the agent itself uses in the namespace of its jobs: in the manifest that is printed
+        for it, its Secret and its volume claim have the name that its account has."""
+        account = self._cluster.account
+        if account is None or account.namespace != self._cluster.namespace:
+            return set()
+        return {account.name, self._settings.name or account.name}
 
     # -- its life ------------------------------------------------------------------------------------
 

@@ -1,25 +1,25 @@
 """Job templates: read, checked, and laid over one another.
 
 A template is a part of a Job as ``kubectl`` takes it. Tables are merged; so are lists of things with names
-(containers, volumes, variables), by name; everything else is replaced.
+(containers, volumes), by name; variables are replaced by name, and everything else as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flowagent import http
-from flowagent.errors import FlowagentError, SandboxError, SettingsError, one_line
+from flowagent.errors import FlowagentError, SettingsError, one_line
 
 MOST = 1 << 20
 """Bytes of a template: more than any object in a cluster may have."""
 DEEPEST = 40
 KEYS = {"volumeMounts": "mountPath", "ports": "containerPort", "tolerations": "key", "hostAliases": "ip"}
 """By which key entries of lists are the same, where that is not their name."""
-RIGHTS = ("privileged", "allowPrivilegeEscalation", "procMount")
-HOST_FLAGS = ("hostNetwork", "hostPID", "hostIPC", "nodeName")
+REPLACED = frozenset({"env"})
+"""Lists whose entries are not merged: a variable has one source, and a part of it could be of another's."""
 
 
 class TemplateError(FlowagentError):
@@ -89,51 +89,20 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         if isinstance(known, Mapping) and isinstance(value, Mapping):
             found[key] = merged(known, value)
         elif isinstance(known, list) and isinstance(value, list):
-            found[key] = _merged_lists(known, value, KEYS.get(key, "name"))
+            found[key] = _merged_lists(known, value, KEYS.get(key, "name"), replace=key in REPLACED)
         else:
             found[key] = value
     return found
 
 
-def _merged_lists(below: list[Any], above: list[Any], by: str) -> list[Any]:
+def _merged_lists(below: list[Any], above: list[Any], by: str, *, replace: bool) -> list[Any]:
     entries = [*below, *above]
     if not all(isinstance(entry, Mapping) and isinstance(entry.get(by), (str, int)) for entry in entries):
         return above
     found = {entry[by]: entry for entry in below}
     for entry in above:
-        found[entry[by]] = merged(found.get(entry[by], {}), entry)
+        found[entry[by]] = entry if replace else merged(found.get(entry[by], {}), entry)
     return list(found.values())
-
-
-def check_harmless(template: Mapping[str, Any], where: str) -> None:
-    """Templates of flows stay within their pods; what reaches the node is for the agent's to say.
-
-    :raises SandboxError: this one does not."""
-    for what in _reaching(template):
-        raise SandboxError(
-            f"{where} asks for {what}, which reaches beyond its pod; "
-            "an agent can allow it in a template of its own: --job-template FILE"
-        )
-
-
-def _reaching(template: Mapping[str, Any]) -> Iterator[str]:
-    pod = pod_spec(template)
-    yield from (flag for flag in HOST_FLAGS if pod.get(flag))
-    for volume in pod.get("volumes") or ():
-        for kind in ("hostPath", "csi", "flexVolume"):
-            if volume.get(kind) is not None:
-                yield f"volume {one_line(str(volume.get('name')), 60)} of kind {kind}"
-    if (pod.get("securityContext") or {}).get("sysctls"):
-        yield "sysctls"
-    for container in containers(pod):
-        rights = container.get("securityContext") or {}
-        yield from (flag for flag in RIGHTS if rights.get(flag))
-        if (rights.get("capabilities") or {}).get("add"):
-            yield "capabilities"
-        if container.get("volumeDevices"):
-            yield "volumeDevices"
-        if any(port.get("hostPort") for port in container.get("ports") or ()):
-            yield "hostPort"
 
 
 def pod_spec(template: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,9 +120,19 @@ def containers(pod: Mapping[str, Any]) -> list[dict[str, Any]]:
 TABLES = frozenset(
     {"metadata", "spec", "template", "securityContext", "capabilities", "labels", "annotations", "resources"}
 )
-LISTS = frozenset(
-    {"containers", "initContainers", "ephemeralContainers", "volumes", "volumeMounts", "env", "ports"}
-)
+ENTRIES = {
+    "containers": ("name",),
+    "initContainers": ("name",),
+    "ephemeralContainers": ("name",),
+    "volumes": ("name",),
+    "volumeMounts": ("name", "mountPath"),
+    "env": ("name",),
+    "ports": (),
+    "tolerations": (),
+}
+"""Lists of tables, and what each of these has to have: entries without it would replace what is below."""
+THERE = frozenset({"metadata", "spec", "template", "containers"})
+"""What null does not take away."""
 MOST_PARTS = 20_000
 
 
@@ -177,9 +156,14 @@ def _check_shape(template: dict[str, Any], where: str) -> None:
 def _check_field(key: Any, value: Any, where: str) -> None:
     if not isinstance(key, str):
         raise TemplateError(f"{where}: {one_line(repr(key), 40)} is no name of a field")
-    if value is None:
+    if value is None and key not in THERE:
         return
     if key in TABLES and not isinstance(value, dict):
         raise TemplateError(f"{where}: {key} takes a table")
-    if key in LISTS and not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+    if key not in ENTRIES:
+        return
+    if not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
         raise TemplateError(f"{where}: {key} takes a list of tables")
+    for field in ENTRIES[key]:
+        if not all(isinstance(each.get(field), str) and each[field] for each in value):
+            raise TemplateError(f"{where}: {key} takes tables that all have a {field}")
