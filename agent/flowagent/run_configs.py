@@ -227,9 +227,10 @@ class DockerRun(RunConfig):
 class KubernetesRun(RunConfig):
     """A Kubernetes job, whose pod runs the flow in an image that has flowagent.
 
-    ``job_template`` is a part of a Job, as a dict or YAML, which is laid over the agent's own; the container
-    in which the flow runs is named ``flow``. A local ``job_template_path`` is read when the flow is
-    registered, a URL by the agent before each attempt. All other arguments go before any template.
+    ``job_template`` is a part of a Job, as a dict or YAML, which is laid over the agent's own, and says only
+    what stays in its pod; the container in which the flow runs is named ``flow``. A local
+    ``job_template_path`` is read when the flow is registered, a URL by the agent before each attempt. All
+    other arguments go before any template.
     """
 
     fields: ClassVar[tuple[str, ...]] = (
