@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flowagent.errors import SandboxError, SettingsError
 from flowagent.models import Json
 from flowagent.runners.contained import limits_of
-from flowagent.runners.docker.volumes import Volume
+from flowagent.runners.docker.volumes import GROUND, Volume
 from flowagent.runtime.limits import Limits
 from flowagent.settings import Settings
 
-GROUND = "/flowagent"
-"""Where the ground floor is in every container."""
 GROUND_LABEL = "flowagent.ground"
 """Of the volumes that hold it, and of the containers that fill them."""
 SUPERVISION = 16
@@ -103,21 +100,25 @@ class Rules:
         }
 
     def _asked(self, config: Mapping[str, Json]) -> Iterable[Volume]:
-        return [Volume.parse(each, SandboxError) for each in config.get("volumes") or ()]
+        return [
+            Volume.parse(each, SandboxError).in_full(SandboxError) for each in config.get("volumes") or ()
+        ]
 
     def _check_volume(self, volume: Volume) -> None:
         if not volume.is_path:
-            if any(volume.source == each.source for each in self._volumes):
+            of_name = [each for each in self._volumes if each.source == volume.source]
+            if any(each.writable or not volume.writable for each in of_name):
                 return
+            how, mode = (" to write to", "") if of_name else ("", "" if volume.writable else ":ro")
             raise SandboxError(
-                f"the flow asks for volume {volume.source}, which this agent does not allow; "
-                f"start one with --volume {volume.source}:{volume.target}"
+                f"the flow asks for volume {volume.source}{how}, which this agent does not allow; "
+                f"start one with --volume {volume.source}:{volume.target}{mode}"
             )
         allowed = self._settings.allow_write
         if not volume.writable:
             allowed = (*allowed, *self._settings.allow_read)
         # Exactly that path: below it, flows could have put links to elsewhere.
-        if os.path.normpath(volume.source) not in map(str, allowed):
+        if volume.source not in map(str, allowed):
             kind = "write" if volume.writable else "read"
             raise SandboxError(
                 f"the flow asks for {volume.source}, which this agent does not allow; "

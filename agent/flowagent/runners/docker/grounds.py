@@ -22,8 +22,9 @@ import anyio
 from flowagent import ground
 from flowagent.docker import Engine, EngineError
 from flowagent.errors import LauncherError
-from flowagent.runners.docker.containers import CONFINED, GROUND, GROUND_LABEL
+from flowagent.runners.docker.containers import CONFINED, GROUND_LABEL
 from flowagent.runners.docker.conversation import NOT_FOUND
+from flowagent.runners.docker.volumes import GROUND
 from flowagent.runtime import seed
 
 TIMEOUT = 120.0

@@ -1,0 +1,82 @@
+"""What containers are made with: which volumes and keys of a host config flows get, and which not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowagent.errors import SandboxError, SettingsError
+from flowagent.runners.docker.containers import Rules
+from flowagent.settings import load
+
+
+def rules(tmp_path: Path, **flags: Any) -> Rules:
+    return Rules(load(environ={}, overrides={"home": tmp_path / "home", "runner": "docker", **flags}))
+
+
+def mounts(rules: Rules, *volumes: str) -> list[tuple[str, str, bool]]:
+    """What the agent's and a flow's volumes are mounted as: source, target, whether it is read-only."""
+    config = {"volumes": list(volumes)}
+    rules.check(config)
+    body = rules.container("sha256:0", ["python3"], config, {}, None)
+    return [(each["Source"], each["Target"], each["ReadOnly"]) for each in body["HostConfig"]["Mounts"]]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("/", "cannot be mounted at /: it is the image itself"),
+        ("//", "cannot be mounted at /:"),
+        ("/tmp", "cannot be mounted at /tmp: it holds the run's own files"),
+        ("/tmp/", "at /tmp:"),
+        ("//./tmp//", "at /tmp:"),
+        ("/flowagent", "at /flowagent: it holds what runs the flow"),
+        ("/flowagent/x", "at /flowagent/x:"),
+        ("/proc", "at /proc: it is the kernel's"),
+        ("/data/../tmp", "is none; write SOURCE:TARGET"),
+        ("tmp", "is none; write SOURCE:TARGET"),
+    ],
+)
+def test_targets_that_are_taken(tmp_path: Path, target: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words) as caught:
+        rules(tmp_path, volumes=(f"/data:{target}",))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SandboxError, match=words):
+        mounts(rules(tmp_path, allow_write=(Path("/data"),)), f"/data:{target}")
+
+
+def test_targets_that_only_look_like_them(tmp_path: Path) -> None:
+    given = ("/data:/tmp/data", "/data:/flowagents", "/data://srv/./x/")
+    found = mounts(rules(tmp_path, volumes=given))
+    assert [target for _, target, _ in found] == ["/tmp/data", "/flowagents", "/srv/x"]
+
+
+@pytest.mark.parametrize("source", ["/data/../etc", "/data/link/..", "..", "./data", "~/data", "/.."])
+def test_sources_that_depend_on_who_reads_them(tmp_path: Path, source: str) -> None:
+    allowing = rules(tmp_path, allow_write=(Path("/data"), Path("/etc"), Path("/")))
+    with pytest.raises(SandboxError, match="write the path in full, without"):
+        mounts(allowing, f"{source}:/x")
+
+
+def test_what_is_mounted_is_what_was_allowed(tmp_path: Path) -> None:
+    allowing = rules(tmp_path, allow_write=(Path("/data"),), allow_read=(Path("/keys"),))
+    assert mounts(allowing, "//data/./", "/keys:/k:ro") == [("/data", "/data", False), ("/keys", "/k", True)]
+    for volume in ("/keys:/k", "/data/x:/x", "/datas:/x"):
+        with pytest.raises(SandboxError, match="does not allow"):
+            mounts(allowing, volume)
+
+
+def test_the_agents_own_sources_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    found = mounts(rules(tmp_path, volumes=("./a/../b:/b", "~/.ssh:/root/.ssh:ro")))
+    assert found == [(f"{tmp_path}/b", "/b", False), ("/home/me/.ssh", "/root/.ssh", True)]
+
+
+def test_a_volume_that_the_agent_mounts_read_only_is_no_more_than_that(tmp_path: Path) -> None:
+    giving = rules(tmp_path, volumes=("notes:/notes:ro", "work:/work"))
+    assert len(mounts(giving, "notes:/n:ro", "work:/w", "work:/v:ro")) == 5
+    with pytest.raises(SandboxError, match="volume notes to write to, which this agent does not allow"):
+        mounts(giving, "notes:/n")
