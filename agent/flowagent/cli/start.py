@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from flowagent.cli.session import Command, Session, pass_session
 from flowagent.cli.values import duration, pair
 
+if TYPE_CHECKING:
+    from flowagent.settings import Settings
+
+PROCESS, DOCKER, KUBERNETES = ("process",), ("docker",), ("kubernetes",)
+RUNNERS_OF: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("sandbox", "run_as", "preload", "import_paths"), PROCESS),
+    "allow_read": PROCESS + DOCKER,
+    **dict.fromkeys(("engine", "volumes", "networks", "pull", "allow_host_config"), DOCKER),
+    **dict.fromkeys(("image", "registry_allow", "keep"), DOCKER + KUBERNETES),
+    **dict.fromkeys(("context", "namespace", "job_template", "service_account"), KUBERNETES),
+    **dict.fromkeys(("image_pull_secrets", "start_timeout"), KUBERNETES),
+}
+"""Options that not every runner goes by, and those that do."""
 CONTAINER_LISTS = ("volumes", "networks", "registry_allow", "allow_host_config", "image_pull_secrets")
 
 
@@ -176,10 +189,29 @@ def start(session: Session, /, once: bool, **flags: Any) -> int:
 
     from flowagent.daemon.service import Service
 
+    given = _as_settings(flags)
+    names = {option.name: option.opts[0] for option in click.get_current_context().command.params}
+
+    def read() -> Settings:
+        settings = session.settings(**given)
+        for name, runners in RUNNERS_OF.items():
+            if given[name] is not None and settings.runner not in runners:
+                _refuse(names[name], runners, settings.runner)
+        return settings
+
     async def serve() -> int:
-        return await Service(lambda: session.settings(**_as_settings(flags)), once).run()
+        return await Service(read, once).run()
 
     return anyio.run(serve)
+
+
+def _refuse(option: str, runners: tuple[str, ...], runner: str) -> NoReturn:
+    from flowagent.errors import SettingsError
+
+    raise SettingsError(
+        f"option {option} is for the runner {' or '.join(runners)}, and this agent's is {runner}; "
+        f"leave it out, or give --runner {runners[0]}"
+    )
 
 
 def for_runner(runner: str, where: str) -> Command:
