@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowagent.flows.declarations import (
@@ -169,6 +169,59 @@ def _port(value: Any, what: str) -> int:
     return value
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+
+
+def _by_name(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(each, str) for each in value.values())
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(each, Mapping) for each in value)
+
+
+_HOST_CONFIG: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("Memory", "MemoryReservation", "ShmSize"), (_whole, "a whole number of bytes")),
+    **dict.fromkeys(("NanoCpus", "CpuShares", "CpuPeriod", "CpuQuota"), (_whole, "a whole number")),
+    "PidsLimit": (_whole, "a whole number"),
+    "CpusetCpus": (lambda value: isinstance(value, str), "a string such as '0-3'"),
+    "ReadonlyRootfs": (lambda value: isinstance(value, bool), "True or False"),
+    "Tmpfs": (_by_name, "a dict of strings such as {'/scratch': 'size=64m'}"),
+    **dict.fromkeys(("Dns", "DnsOptions", "DnsSearch", "ExtraHosts"), (_strings, "a list of strings")),
+    **dict.fromkeys(("CapAdd", "Binds"), (_strings, "a list of strings")),
+    "Mounts": (_objects, "a list of dicts"),
+}
+"""What the keys of a host config take that every agent knows (Engine API, HostConfig)."""
+
+
+def _host_config(value: Any) -> Any:
+    what = "DockerRun: host_config"
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise FlowError(f"{what} takes a dict; got {type(value).__name__}")
+    for key, content in value.items():
+        if not isinstance(key, str):
+            raise FlowError(f"{what} takes a dict by strings; got {key!r}")
+        fits, expected = _HOST_CONFIG.get(key, (None, ""))
+        if fits is not None and not fits(content):
+            raise FlowError(f"{what}: {key} takes {expected}; got {content!r}")
+    return plain(dict(value), what)
+
+
+def _listed(value: Any, what: str, example: str) -> list[Any]:
+    if value is None:
+        return []
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise FlowError(f"{what} takes a list of {example}; got {value!r}")
+    return list(value)
+
+
 class DockerRun(RunConfig):
     """A container on the agent's Docker engine.
 
@@ -206,17 +259,14 @@ class DockerRun(RunConfig):
     ) -> None:
         super().__init__(env, labels, **options)
         self.image = text(image, "DockerRun: image")
-        self.ports = list(ports or ())
-        for port in self.ports:
-            _port(port, "DockerRun: ports")
-        if host_config is not None and not isinstance(host_config, Mapping):
-            raise FlowError(f"DockerRun: host_config takes a dict; got {type(host_config).__name__}")
-        self.host_config = plain(dict(host_config or {}), "DockerRun: host_config")
-        if isinstance(volumes, (str, bytes)):
-            raise FlowError(f"DockerRun: volumes takes a list of 'source:target[:ro]'; got {volumes!r}")
-        self.volumes = list(volumes or ())
+        self.ports = [
+            _port(port, "DockerRun: ports") for port in _listed(ports, "DockerRun: ports", "TCP ports")
+        ]
+        self.host_config = _host_config(host_config)
+        self.volumes = _listed(volumes, "DockerRun: volumes", "'source:target[:ro]'")
         for volume in self.volumes:
-            text(volume, "DockerRun: volumes, each of them,")
+            if text(volume, "DockerRun: volumes, each of them,") is None:
+                raise FlowError("DockerRun: volumes, each of them, takes a non-empty string; got None")
         if resolve not in ("agent", "container"):
             raise FlowError(f"DockerRun: resolve is 'agent' or 'container'; got {resolve!r}")
         self.resolve = resolve

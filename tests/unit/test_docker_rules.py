@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flowagent.errors import SandboxError, SettingsError
+from flowagent.errors import FlowError, SandboxError, SettingsError
+from flowagent.run_configs import DockerRun
 from flowagent.runners.docker.containers import Rules
 from flowagent.settings import load
 
@@ -80,3 +81,65 @@ def test_a_volume_that_the_agent_mounts_read_only_is_no_more_than_that(tmp_path:
     assert len(mounts(giving, "notes:/n:ro", "work:/w", "work:/v:ro")) == 5
     with pytest.raises(SandboxError, match="volume notes to write to, which this agent does not allow"):
         mounts(giving, "notes:/n")
+
+
+GOOD: dict[str, Any] = {
+    "ports": (80, 443),
+    "volumes": ["/data:/x:ro"],
+    "host_config": {
+        "ShmSize": 1 << 30,
+        "CpusetCpus": "0-3",
+        "PidsLimit": -1,
+        "Tmpfs": {"/scratch": "size=64m"},
+        "Dns": ("10.0.0.1",),
+        "ReadonlyRootfs": True,
+        "Mounts": [{"Type": "tmpfs", "Target": "/y"}],
+        "OfAnotherVersion": 1.5,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"host_config": [("Memory", 1)]}, "host_config takes a dict; got list"),
+        ({"host_config": {1: 2}}, "host_config takes a dict by strings; got 1"),
+        ({"host_config": {"Memory": "2G"}}, "Memory takes a whole number of bytes; got '2G'"),
+        ({"host_config": {"Memory": True}}, "Memory takes a whole number of bytes"),
+        ({"host_config": {"NanoCpus": 1.5}}, "NanoCpus takes a whole number; got 1.5"),
+        ({"host_config": {"PidsLimit": None}}, "PidsLimit takes a whole number"),
+        ({"host_config": {"CpusetCpus": 3}}, "CpusetCpus takes a string"),
+        ({"host_config": {"ReadonlyRootfs": "yes"}}, "ReadonlyRootfs takes True or False"),
+        ({"host_config": {"Tmpfs": ["/x"]}}, "Tmpfs takes a dict of strings"),
+        ({"host_config": {"Dns": "10.0.0.1"}}, "Dns takes a list of strings"),
+        ({"host_config": {"CapAdd": [1]}}, "CapAdd takes a list of strings"),
+        ({"host_config": {"Mounts": 5}}, "Mounts takes a list of dicts"),
+        ({"ports": 80}, "ports takes a list of TCP ports; got 80"),
+        ({"ports": "80"}, "ports takes a list of TCP ports; got '80'"),
+        ({"ports": {"80": 80}}, "ports takes a list of TCP ports"),
+        ({"volumes": 5}, "volumes takes a list of 'source:target"),
+        ({"volumes": {"/a": "/b"}}, "volumes takes a list of 'source:target"),
+        ({"volumes": [None]}, "volumes, each of them, takes a non-empty string"),
+        ({"image": 5}, "image takes a non-empty string"),
+        ({"python": ["python3"]}, "python takes a non-empty string"),
+        ({"resolve": True}, "resolve is 'agent' or 'container'"),
+    ],
+)
+def test_arguments_of_the_wrong_type(tmp_path: Path, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(FlowError) as caught:
+        DockerRun(**given)
+    assert f"DockerRun: {next(iter(given))}" in str(caught.value) and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    allowing = rules(tmp_path, allow_host_config=("Mounts", "CapAdd"))
+    with pytest.raises(SandboxError) as refused:
+        allowing.check({**DockerRun().to_json(), **given})
+    assert words in str(refused.value)
+
+
+def test_arguments_of_the_right_type(tmp_path: Path) -> None:
+    config = DockerRun(**GOOD).to_json()
+    assert DockerRun.from_json(config) == DockerRun(**GOOD)
+    allowing = rules(tmp_path, allow_read=(Path("/data"),), allow_host_config=("Mounts", "OfAnotherVersion"))
+    allowing.check(config)
+    host = allowing.container("sha256:0", ["python3"], config, {}, None)["HostConfig"]
+    assert host["ShmSize"] == 1 << 30 and [each["Target"] for each in host["Mounts"]] == ["/x", "/y"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flowagent.errors import SandboxError, SettingsError
+from flowagent.errors import FlowError, SandboxError, SettingsError
 from flowagent.models import Json
+from flowagent.run_configs import DockerRun
 from flowagent.runners.contained import limits_of
 from flowagent.runners.docker.volumes import GROUND, Volume
 from flowagent.runtime.limits import Limits
@@ -38,7 +39,11 @@ class Rules:
         self._volumes = [Volume.parse(each, SettingsError).on_host() for each in settings.volumes]
 
     def check(self, config: Mapping[str, Json]) -> None:
-        """:raises SandboxError: a run config asks for what this agent does not allow."""
+        """:raises SandboxError: a run config asks for what this agent does not allow, or cannot be."""
+        try:  # again: it comes from the store, and whoever put it there may have gone another way
+            DockerRun(**{name: config[name] for name in DockerRun.fields if name in config})
+        except FlowError as error:
+            raise SandboxError(str(error)) from None
         for key in config.get("host_config") or {}:
             if key not in HARMLESS and key not in self._settings.allow_host_config:
                 raise SandboxError(
