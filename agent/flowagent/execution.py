@@ -18,7 +18,7 @@ import anyio
 
 from flowagent import ground
 from flowagent.backend import BackendContext, Backends, Revision
-from flowagent.errors import FlowagentError, UsageError
+from flowagent.errors import BackendError, FlowagentError, UsageError, one_line
 from flowagent.models import Json
 from flowagent.runtime import relay
 from flowagent.runtime.container import FIRST_LEASE, UNATTENDED, boot_id
@@ -57,12 +57,21 @@ def _read(spec: str) -> dict[str, Any]:
         # Not a byte more than the first line: what follows is for others.
         with open(STDIN if spec == "-" else spec, "rb", buffering=0, closefd=spec != "-") as file:
             brief: dict[str, Any] = json.loads(file.readline() if spec == "-" else file.read())
-        brief["spec"]["source"], brief["storage"], brief["limits"]
+        brief["spec"]["source"], brief["limits"]
+        _check(brief["storage"], brief["spec"]["env"])
     except OSError as error:
         raise UsageError(f"{spec} cannot be read: {error.strerror}; it is mounted by an agent") from None
     except (ValueError, LookupError, TypeError):
         raise UsageError(f"{spec} holds nothing that can be executed; only agents make that") from None
     return brief
+
+
+def _check(storage: Any, env: Any) -> None:
+    """:raises ValueError: this is not what an agent gives to a flow that fetches itself."""
+    if storage is not None and not (isinstance(storage, dict) and isinstance(storage.get("type"), str)):
+        raise ValueError("no storage")
+    if not isinstance(env, dict):
+        raise ValueError("no variables")
 
 
 class _Fetching:
@@ -83,7 +92,9 @@ class _Fetching:
 
     async def run(self, settings: Settings) -> Revision | None:
         """What was fetched; None if it was given up."""
-        revision, failure, given_up = None, None, True
+        revision: Revision | None = None
+        failure: FlowagentError | None = None
+        given_up = True
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._keep_time, tasks.cancel_scope)
             if self._attended:
@@ -92,6 +103,13 @@ class _Fetching:
                 revision = await self._fetch(settings)
             except FlowagentError as error:
                 failure = error
+            except (TypeError, ValueError, LookupError, AttributeError) as error:
+                # not all backends look at every field before they use it
+                kind, said = type(error).__name__, one_line(str(error))
+                failure = BackendError(
+                    f"{self._brief['storage']['type']}: the flow's storage is wrong ({kind}: {said}); "
+                    "register it again"
+                )
             given_up = tasks.cancel_scope.cancel_called  # maybe at the very moment when it was done
             tasks.cancel_scope.cancel()
         if given_up:

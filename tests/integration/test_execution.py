@@ -138,6 +138,31 @@ def test_a_source_is_checked_and_sealed_as_those_of_agents(checkout: str, tmp_pa
     assert "symbolic link data leads out of it, to '/etc'" in events[-1]["status"]["gone"]
 
 
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        ({"type": "Nope"}, "no backend is installed for storage 'Nope'"),
+        ({"type": "Local", "path": 5}, "Local: the flow's storage is wrong (TypeError: "),
+        ({"type": "Git"}, "Git: the flow's storage is wrong"),
+        ({"type": "S3", "bucket": 5}, "S3: the flow's storage is wrong"),
+    ],
+)
+def test_a_storage_that_is_wrong_is_said(
+    script: Path, tmp_path: Path, home: Path, storage: dict[str, Any], words: str
+) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(brief(script, storage=storage)))
+    code, text, events = execute(str(spec))
+    status = events[-1].get("status", {})
+    assert code == 1 and text == "" and status["retryable"] is False, events
+    assert f"the flow could not be fetched: {words}" in status["gone"] and "\n" not in status["gone"]
+
+
+@pytest.mark.parametrize("storage", [5, "Local", [], {}, {"type": None}, {"type": ["Local"]}])
+def test_what_is_no_storage(script: Path, tmp_path: Path, home: Path, storage: Any) -> None:
+    test_what_is_no_brief(tmp_path, home, json.dumps(brief(script, storage=storage)))
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "nonsense", '{"spec": 1}'])
 def test_what_is_no_brief(tmp_path: Path, home: Path, content: str) -> None:
     spec = tmp_path / "spec.json"
