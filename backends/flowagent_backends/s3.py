@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -208,8 +208,9 @@ class S3Backend(ObjectBackend):
                     )
                 return _revision(done)
             except BaseException:
-                with anyio.move_on_after(10, shield=True):
-                    await client.abort_multipart_upload(**of)  # what is left there costs money
+                # what is left there costs money; why it ended is told, whatever becomes of that
+                with anyio.move_on_after(10, shield=True), suppress(Exception):
+                    await client.abort_multipart_upload(**of)
                 raise
 
         try:

@@ -21,6 +21,7 @@ from flowagent.errors import BackendError, StorageNotFoundError, StorageTransien
 from flowagent.secrets import SecretProvider
 from flowagent.sources import SourceCache
 from flowagent.storage import S3
+from flowagent_backends import objects
 from flowagent_backends.s3 import S3Backend
 
 DATA = b"x = 1\n"
@@ -239,6 +240,44 @@ async def test_a_server_that_ignores_conditions(bench: S3Bench, backend: S3Backe
     bench.gate.when("GET", "f.py", unconditionally)
     with pytest.raises(StorageTransientError, match="was replaced while it was read"):
         await SourceCache(tmp_path / "cache").acquire(backend, storage, revision)
+
+
+REFUSALS = {
+    404: "<Error><Code>NoSuchUpload</Code><Message>There is none.</Message></Error>",
+    412: "<Error><Code>PreconditionFailed</Code><Message>It is there.</Message></Error>",
+}
+
+
+async def test_an_upload_that_cannot_be_taken_back_is_told_of_by_its_own_error(
+    bench: S3Bench, backend: S3Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "PART", 5 << 20)
+    file = bench.home / "value"
+    file.write_bytes(bytes(6 << 20))
+    bench.gate.when("DELETE", "uploadId", gates.status(404, REFUSALS[404]))
+    bench.gate.when("POST", "uploadId", gates.status(412, REFUSALS[412]), times=1)
+    # another run put it there meanwhile, or nobody did: that is looked at, as the store says it is taken
+    with pytest.raises(StorageNotFoundError, match="there is no such object"):
+        await backend.put(bench.result().to_json(), "large", file)
+    assert bench.gate.count("DELETE", "uploadId") == 1
+
+
+async def test_an_upload_that_cannot_be_taken_back_is_cancelled_all_the_same(
+    bench: S3Bench, backend: S3Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "PART", 5 << 20)
+    file = bench.home / "value"
+    file.write_bytes(bytes(6 << 20))
+    bench.gate.when("DELETE", "uploadId", gates.status(500))
+    bench.gate.when("PUT", "uploadId", gates.hang)
+    with anyio.move_on_after(60) as scope:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(backend.put, bench.result().to_json(), "large", file)
+            while not bench.gate.count("PUT", "uploadId"):
+                await anyio.sleep(0.01)
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert bench.gate.count("DELETE", "uploadId") >= 1
 
 
 async def test_a_missing_bucket_at_registration(
