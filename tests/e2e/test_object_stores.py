@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import anyio
 import cloudpickle
 import pytest
-from benches import BENCHES, Bench
+from benches import AZURE_KEY, BENCHES, AzureBench, Bench
 from tests.e2e.harness import Site
 from tests.gate import gate
 
@@ -163,6 +164,43 @@ def test_no_secret_is_left_anywhere(shop: Shop) -> None:
         if path.is_file():
             content = path.read_bytes()
             assert not any(secret.encode() in content for secret in secrets), path
+
+
+USES_ITS_STORAGE = """
+from flowagent import flow
+from flowagent.storage import Azure
+
+storage = Azure({place!r}, connection_string={string!r})
+
+@flow(name="with a key", storage=storage)
+def keyed():
+    print("from", storage, storage.connection_string)
+    return storage.container
+"""
+
+
+@pytest.mark.parametrize("shop", ["Azure"], indirect=True)
+def test_a_connection_string_in_the_code_is_left_nowhere(shop: Shop) -> None:
+    """Not even where the flow's code, which is pickled with it, names the storage that has it."""
+    assert isinstance(shop.bench, AzureBench)
+    string = shop.bench.connection_string(shop.bench.url)
+    assert AZURE_KEY in string
+    script = shop.site.write("keyed/flow.py", USES_ITS_STORAGE.format(place=shop.bench.place, string=string))
+    others = {"AZURE_STORAGE_CONNECTION_STRING": shop.bench.connection_string(shop.bench.url, key="d3Jvbmc=")}
+    said = shop.site.command("register", script, env=others)
+    run = shop.site.submit("with a key")
+    assert shop.site.wait_for(run)["state"] == "completed"
+    assert shop.result(run) == f"{shop.bench.place}\n"
+    output = shop.site.output(run)
+    assert "from Azure(container=" in output
+    stored = shop.bench.read(shop.spec("with a key")["storage"]["blob_name"])
+    kept = shop.bench.read(shop.site.show(run)["tasks"][-1]["result"]["key"])
+    shown = json.dumps([shop.spec("with a key"), shop.site.show(run)]).encode()
+    written = b"".join(path.read_bytes() for path in shop.site.home.rglob("*") if path.is_file())
+    log = shop.site.log(shop.agent)
+    for content in (stored, kept, shown, written, f"{said.stdout}{said.stderr}{output}{log}".encode()):
+        assert content
+        assert AZURE_KEY.encode() not in content
 
 
 @pytest.mark.parametrize("shop", ["S3"], indirect=True)

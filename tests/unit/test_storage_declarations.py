@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 
 from flowagent import FlowError
@@ -15,7 +17,7 @@ from flowagent.flows.declarations import Declaration
 from flowagent.flows.results import format_location, result_from_json, serializer_named
 from flowagent.results import JSONSerializer, LocalResult, PickleSerializer
 from flowagent.run_configs import DockerRun, KubernetesRun, LocalRun, RunConfig, UniversalRun
-from flowagent.storage import Bitbucket, CodeCommit, GitHub, GitLab, Local, Module, Storage, Webhook
+from flowagent.storage import Azure, Bitbucket, CodeCommit, GitHub, GitLab, Local, Module, Storage, Webhook
 
 DECLARATIONS: list[Declaration] = [
     Local(),
@@ -92,6 +94,33 @@ def test_json_keeps_the_artifact_of_a_reference() -> None:
     reference = {**Local(path="/x").to_json(), "artifact": {"sha256": "00"}}
     assert Storage.from_json(reference).to_json() == reference
     assert Local().to_json()["artifact"] is None
+
+
+def test_what_is_never_stored_is_in_no_pickle_either() -> None:
+    """Of any storage, one of a third party too; copies in one process have all of it."""
+
+    class Vault(Storage):
+        fields = ("place",)
+        unstored = ("password",)
+
+        def __init__(self, place: str, password: str | None = None, **options: Any) -> None:
+            super().__init__(**options)
+            self.place, self.password = place, password
+
+    key = "U0VDUkVUS0VZ"
+    azure = Azure("flows", connection_string=f"AccountName=acme;AccountKey={key}", labels=["a"])
+    for storage, name in ((azure, "connection_string"), (Vault("p", key), "password")):
+        for protocol in (2, 4, 5):
+            pickled = cloudpickle.dumps({"a flow's": storage}, protocol)
+            assert key.encode() not in pickled
+        (again,) = cloudpickle.loads(pickled).values()
+        assert again.to_json() == storage.to_json()
+        assert getattr(again, name) is None
+        for copied in (copy.copy(storage), copy.deepcopy(storage)):
+            assert copied == storage
+            assert key in getattr(copied, name)
+    copied = copy.deepcopy(GitHub("acme/flows", "etl.py"))
+    assert copied == GitHub("acme/flows", "etl.py")
 
 
 def test_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

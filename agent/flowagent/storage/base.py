@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ class Storage(Declaration):
     are those that can execute what is in it; empty: any.
 
     ``keeps_scripts``: registration brings a script there, rather than to refer to one. ``unstored`` names
-    what the code gives for registration alone, and the JSON form never has.
+    what the code gives for registration alone: neither the JSON form nor a pickle ever has it.
     """
 
     keeps_scripts: ClassVar[bool] = False
@@ -63,3 +64,19 @@ class Storage(Declaration):
     def from_json(cls, data: Mapping[str, Any]) -> Any:
         """The storage of a JSON form. :raises FlowError: its type or one of its fields is unknown."""
         return super().from_json({name: value for name, value in data.items() if name != "runners"})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle has of it: a flow whose code names its storage takes that along, and its pickle is
+        kept where others read it."""
+        return {name: None if name in self.unstored else value for name, value in vars(self).items()}
+
+    def __copy__(self) -> Any:
+        """All of it, as a copy stays in this process."""
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
