@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from tests.containers.conftest import start
@@ -208,6 +209,36 @@ def test_secrets_are_in_no_configuration_and_on_no_disk(yard: Site, engine: Engi
     # the flow itself has printed it: that file, in its own container, is all that there is
     assert [line for line in files.splitlines() if not line.endswith("/run/output")] == []
     assert "correct-horse" not in text(yard, run) and "21 letters" in text(yard, run)
+
+
+def test_parameters_and_variables_are_in_no_configuration_and_on_no_disk(
+    yard: Site, engine: Engine, tmp_path: Path
+) -> None:
+    yard.write(
+        "discreet.py",
+        """
+        import os, time
+        from flowagent import flow
+        from flowagent.run_configs import DockerRun
+        from flowagent.storage import Local
+
+        @flow(storage=Local(stored_as_script=True), run_config=DockerRun(env={"WORD": "-".join("onyx")}))
+        def discreet(word=""):
+            print(len(word), len(os.environ["WORD"]), flush=True)
+            while not os.path.exists("/tmp/go"):
+                time.sleep(0.02)
+        """,
+    )
+    yard.command("register", yard.sources / "discreet.py")
+    run = yard.submit("discreet", "-p", "word=staple-battery")
+    container = f"flowagent-{run}.1"
+    until(lambda: "14 7\n" in text(yard, run), 30)
+    engine.docker("export", "-o", str(tmp_path / "disk.tar"), container)
+    seen = (tmp_path / "disk.tar").read_bytes() + json.dumps(engine.inspect(container)).encode()
+    engine.docker("exec", container, "/bin/sh", "-c", "echo > /tmp/go")
+    assert yard.wait_for(run)["state"] == "completed"
+    assert b"def discreet(" in seen  # the flow itself
+    assert b"staple-battery" not in seen and b"o-n-y-x" not in seen
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import pytest
 from tests.gitservers import Repository
 
 from flowagent import ground
+from flowagent.runtime import container
 from flowagent.runtime.container import boot_id
 from flowagent.runtime.events import Event, Parser, Text
 from flowagent.runtime.limits import Limits
@@ -89,6 +91,18 @@ def test_a_flow_that_is_there_already(
     code, text, events = execute(str(spec), command=inside if without_flowagent else EXECUTE)
     assert (code, text) == (0, "here red once.py\n"), events
     assert events[-1]["status"]["outcome"]["state"] == "completed"
+
+
+@pytest.mark.parametrize("builtin", [True, False])
+def test_the_spec_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builtin: bool) -> None:
+    if not builtin:
+        monkeypatch.delattr(os, "memfd_create")
+    run = container.lay_out(str(tmp_path), {"env": {"WORD": "onyx"}, "parameters": {"n": 1}}, 5.0)
+    spec = run.read_spec()
+    assert (spec["env"]["WORD"], spec["parameters"], run.read_lease()) == ("onyx", {"n": 1}, 5.0)
+    assert run.read_spec() == spec  # from its beginning again
+    assert os.stat(run.spec_path).st_dev != tmp_path.stat().st_dev
+    os.close(int(os.path.basename(os.readlink(run.spec_path))))
 
 
 def test_what_follows_a_brief_reaches_the_supervisor(script: Path, home: Path) -> None:

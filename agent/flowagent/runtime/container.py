@@ -33,6 +33,8 @@ UNATTENDED = 10 * 365 * 86400.0
 LAST_WORDS = 60.0
 """Seconds that the log may take to take in what is left of the output."""
 EXIT_UNUSABLE = 70
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the file has no name there
+"""What is in memory of the file system of every container."""
 BRIEF_ARGUMENT = 2
 """Where on the command line the descriptor is."""
 
@@ -115,7 +117,10 @@ def unpack(files: list[list[Any]], stream: BinaryIO, directory: str) -> None:
 
 
 def lay_out(place: str, spec: dict[str, Any], deadline: float | None) -> RunDirectory:
-    """Make the run directory below ``place``. Without a deadline nothing begins before one comes."""
+    """Make the run directory below ``place``. Without a deadline nothing begins before one comes.
+
+    The spec holds parameters and variables, and stays off the disk: its file is a link to memory that this
+    process has open, and with it the flow process that it forks, which reads it before anything else."""
     run = RunDirectory(os.path.join(place, "run"))
     here = os.getcwd()
     spec.update(
@@ -125,7 +130,9 @@ def lay_out(place: str, spec: dict[str, Any], deadline: float | None) -> RunDire
         bytecode=None,
         readable=[],
     )
-    run.create(spec, deadline if deadline is not None else 0.0)
+    run.create({}, deadline if deadline is not None else 0.0)
+    os.unlink(run.spec_path)
+    os.symlink(f"/proc/self/fd/{_memory_file(spec)}", run.spec_path)
     return run
 
 
@@ -193,7 +200,11 @@ def kills() -> int:
     return 0
 
 
-def _memory_file(values: Mapping[str, str]) -> int:
-    fd = os.memfd_create("secrets", os.MFD_CLOEXEC)
+def _memory_file(values: Mapping[str, Any]) -> int:
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("values", os.MFD_CLOEXEC)
+    else:  # a Python that was built for a C library of before 2018
+        with tempfile.TemporaryFile(dir=SHARED_MEMORY) as file:
+            fd = os.dup(file.fileno())
     relay.write(fd, json.dumps(dict(values)).encode())
     return fd
