@@ -16,6 +16,7 @@ from flowagent.backend import Backends, Entry, Revision
 from flowagent.daemon import facts, journeys
 from flowagent.daemon.hooks import AFTER_RUN, BEFORE_RUN, Hooks
 from flowagent.daemon.journeys import Journey, Watchers
+from flowagent.daemon.keeping import Keeper, keeping
 from flowagent.daemon.log import Log
 from flowagent.daemon.lookout import Lookout, rest
 from flowagent.daemon.outcomes import outcome_of
@@ -322,21 +323,22 @@ class Attempt:
                 start = await patiently(asked, self._log, "asking for the offset")
                 again = partial(results_of_repeated, services.store, self._run, self._spec)
                 self._restored = await patiently(again, self._log, "asking for results")
-            shipper = self._shipper(start)
             status: dict[str, Any] = {}
-            with services.lookout.watching(shipper) as watched:
-                status = await services.runner.wait(self.directory, handle)
-            await rest(watched)
-            if "ended" not in status:
-                self._log.warning("the supervisor was killed", leftovers=status.get("leftovers"))
-            chunks, tasks = await shipper.drain()
+            async with keeping(services.backends, self._log) as keeper:
+                shipper = self._shipper(keeper, start)
+                with services.lookout.watching(shipper) as watched:
+                    status = await services.runner.wait(self.directory, handle)
+                await rest(watched)
+                if "ended" not in status:
+                    self._log.warning("the supervisor was killed", leftovers=status.get("leftovers"))
+                chunks, tasks = await shipper.drain()
         except LeaseLostError:
             self.lose()
             await self._discard()
         else:
             await self._conclude(shipper, status, chunks, tasks)
 
-    def _shipper(self, start: int) -> Shipper:
+    def _shipper(self, keeper: Keeper, start: int) -> Shipper:
         services = self._services
         values: Mapping[str, str] = {}
         try:
@@ -345,7 +347,7 @@ class Attempt:
             self._log.warning("secrets are gone: the output cannot be redacted", error=str(error))
         return Shipper(
             services.store,
-            services.backends,
+            keeper,
             self.directory,
             self.run_id,
             self.number,

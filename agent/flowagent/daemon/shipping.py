@@ -6,19 +6,22 @@ one piece. What was acknowledged is not sent again, also not by an agent that st
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowagent.backend import Backends
+import anyio
+
+from flowagent.daemon.keeping import Keeper, Kept
 from flowagent.daemon.log import Log
 from flowagent.daemon.patience import patiently
-from flowagent.errors import BackendError
 from flowagent.flows.names import slug
 from flowagent.models import FlowSpec, Json, OutputChunk, TaskRun
 from flowagent.redaction import Redactor
@@ -40,6 +43,8 @@ LATEST = 1e12
 """Seconds since 1970 above which a number is no time."""
 MAX_TRIES = 1 << 31
 """What every store's columns hold."""
+SOON = 0.1
+"""Seconds that the last of the output waits for results, to come with the end; after that it comes alone."""
 
 
 class Shipper:
@@ -48,7 +53,7 @@ class Shipper:
     def __init__(
         self,
         store: Store,
-        backends: Backends,
+        keeper: Keeper,
         run: RunDirectory,
         run_id: str,
         attempt: int,
@@ -59,7 +64,7 @@ class Shipper:
         restored: Mapping[str, Json] | None = None,
     ) -> None:
         self._store = store
-        self._backends = backends
+        self._keeper = keeper
         self._run = run
         self._run_id = run_id
         self._attempt = attempt
@@ -73,6 +78,7 @@ class Shipper:
         self._restored = restored or {}  # results of the run that is repeated, by task
         self._parser = Parser()
         self._tasks: set[str] = set()
+        self._keeping: dict[str, list[Kept]] = {}  # results on their way, by task
         self._taken: list[Path] = []  # results that were put, and of which the store may not know yet
         self.loaded_sha256: str | None = None
         self.resolved: str | None = None  # the revision, if the run was to find it out itself
@@ -84,6 +90,8 @@ class Shipper:
 
     def behind(self) -> bool:
         """Whether there may be something to ship."""
+        if self._keeper.done:
+            return True
         try:
             return os.stat(self._run.output_path, follow_symlinks=False).st_size > self._read
         except OSError:
@@ -93,9 +101,9 @@ class Shipper:
         """Ship what is there now; whether there was anything."""
         shipped = False
         async for data in self._pieces():
-            chunks, tasks = await self._take_in(data)
+            chunks, tasks = self._take_in(data)
             shipped = await self._append(chunks, tasks) or shipped
-        return shipped
+        return await self._append([], self._kept()) or shipped
 
     async def drain(self) -> tuple[list[OutputChunk], list[TaskRun]]:
         """Nothing more will be written: ship what is there, but for the last of it. That is to be recorded
@@ -104,17 +112,24 @@ class Shipper:
         tasks: list[TaskRun] = []
         async for data in self._pieces():
             await self._append(chunks, tasks)
-            chunks, tasks = await self._take_in(data)
-        last = self._redact(b"", final=True)
-        return [*chunks, last] if last else chunks, tasks
+            chunks, tasks = self._take_in(data)
+        if last := self._redact(b"", final=True):
+            chunks = [*chunks, last]
+        with anyio.move_on_after(SOON):
+            await self._keeper.finish()
+        if self._keeper.busy:
+            await self._append(chunks, tasks)
+            chunks, tasks = [], []
+            await self._keeper.finish()
+        return chunks, [*tasks, *self._kept()]
 
     def recorded(self) -> None:
         """The store has all that was handed out."""
         while self._taken:
             self._taken.pop().unlink(missing_ok=True)
 
-    async def _take_in(self, data: bytes) -> tuple[list[OutputChunk], list[TaskRun]]:
-        tasks = [task async for task in self._observe(data)]
+    def _take_in(self, data: bytes) -> tuple[list[OutputChunk], list[TaskRun]]:
+        tasks = list(self._observe(data))
         begin = max(0, self._fed - (self._read - len(data)))
         chunk = self._redact(data[begin:])
         return [chunk] if chunk else [], tasks
@@ -150,7 +165,7 @@ class Shipper:
 
     # -- events ----------------------------------------------------------------------------------------
 
-    async def _observe(self, data: bytes) -> AsyncIterator[TaskRun]:
+    def _observe(self, data: bytes) -> Iterator[TaskRun]:
         for item in self._parser.feed(data):
             if not isinstance(item, Event):
                 continue
@@ -159,7 +174,7 @@ class Shipper:
             if kind == "task":
                 task = self._task(event)
             elif kind == "result":
-                task = await self._result(event)
+                task = self._result(event)
             else:
                 task = None
                 if kind == "loaded" and isinstance(event.get("sha256"), str):
@@ -176,7 +191,7 @@ class Shipper:
             return None
         reason, tries, time = event.get("reason"), event.get("tries"), event.get("time")
         when = float(time) if isinstance(time, (int, float)) and 0 <= time < LATEST else None
-        return TaskRun(
+        task = TaskRun(
             run_id=self._run_id,
             attempt=self._attempt,
             task=name,
@@ -187,6 +202,9 @@ class Shipper:
             ended=when if state in ENDED else None,
             result=self._restored.get(name) if state == "completed" and tries == 0 else None,
         )
+        for kept in self._keeping.get(name, ()):
+            kept.task = task
+        return task
 
     def _known(self, task: str) -> bool:
         if task not in self._tasks:
@@ -195,33 +213,42 @@ class Shipper:
             self._tasks.add(task)
         return True
 
-    async def _result(self, event: Mapping[str, Any]) -> TaskRun | None:
-        """Put a result where its registered declaration says: the flow has no say in where."""
-        task, name, inputs = event.get("task"), event.get("file"), event.get("inputs")
-        if not isinstance(task, str) or not self._known(task):
+    def _result(self, event: Mapping[str, Any]) -> TaskRun | None:
+        """Have a result put where its registered declaration says: the flow has no say in where."""
+        name, file, inputs = event.get("task"), event.get("file"), event.get("inputs")
+        if not isinstance(name, str) or not self._known(name):
             return None
-        known_by = {"inputs": inputs[:64]} if isinstance(inputs, str) else {}
-        if name is None:
-            return TaskRun(self._run_id, self._attempt, task, "running", result={NOTHING: True, **known_by})
-        if not isinstance(name, str):
-            return None
-        declaration = self._declaration(task)
-        file = self._take(name) if declaration is not None else None
-        if declaration is None or file is None:
+        known_by: dict[str, Json] = {"inputs": inputs[:64]} if isinstance(inputs, str) else {}
+        task = TaskRun(self._run_id, self._attempt, name, "running" if name else "completed")
+        if file is None:
+            return replace(task, state="running", result={NOTHING: True, **known_by})
+        declaration = self._declaration(name)
+        taken = self._take(file) if declaration is not None and isinstance(file, str) else None
+        if declaration is None or taken is None:
             return None
         location = event.get("location")
-        key = location if isinstance(location, str) else self._default_key(task)
-        reference: dict[str, Json]
-        try:
-            reference = await self._backends.get(declaration["storage"]).put(declaration, key, file)
-            reference.update(known_by, serializer=str(event.get("serializer"))[:MAX_TEXT])
-        except Exception as error:  # of a full disk, of anybody's backend: it costs the result, not the run
-            said = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
-            self._log.warning("result not written", run_id=self._run_id, task=task, error=said)
-            reference = {"error": self.clean(said)}
-        self._taken.append(file)
-        state = "running" if task else "completed"
-        return TaskRun(self._run_id, self._attempt, task, state, result=reference)
+        key = location if isinstance(location, str) else self._default_key(name)
+        more = {**known_by, "serializer": str(event.get("serializer"))[:MAX_TEXT]}
+        kept = Kept(task, declaration, key, taken, more)
+        self._keeping.setdefault(name, []).append(kept)
+        self._keeper.add(kept)
+        return None
+
+    def _kept(self) -> list[TaskRun]:
+        """Tasks of which it is known now what became of their results."""
+        tasks = []
+        done, self._keeper.done = self._keeper.done, []
+        for kept in done:
+            reference = kept.reference
+            if "error" in reference:
+                reference = {"error": self.clean(reference["error"])}
+            tasks.append(replace(kept.task, result=reference))
+            others = self._keeping[kept.task.task]
+            others.remove(kept)
+            if not others:
+                del self._keeping[kept.task.task]
+            self._taken.append(kept.file)
+        return tasks
 
     def _declaration(self, task: str) -> dict[str, Json] | None:
         registered = task.partition("[")[0]
@@ -232,7 +259,8 @@ class Shipper:
         return dict(self._spec.result) if self._spec.result is not None else None
 
     def _default_key(self, task: str) -> str:
-        return f"{slug(self._spec.name)}/{self._run_id}/{self._attempt}/{slug(task) if task else 'flow'}"
+        name = _file_name(task) if task else "flow"
+        return f"{slug(self._spec.name)}/{self._run_id}/{self._attempt}/{name}"
 
     def _take(self, name: str) -> Path | None:
         """Move a result out of the flow's reach; None if it is not a plain file of the flow's own.
@@ -266,3 +294,12 @@ class Shipper:
     def clean(self, text: str) -> str:
         """A text that is to be recorded, without secrets and not too long."""
         return self._redactor.redact(text)[:MAX_TEXT]
+
+
+def _file_name(task: str) -> str:
+    """Of a task's result: no other task of its run has the same."""
+    registered, index = re.fullmatch(r"(.+?)(?:\[([0-9]{1,9})\])?", task, re.DOTALL).groups()  # type: ignore[union-attr]
+    name = slug(registered)
+    if name != registered:
+        name += "-" + hashlib.sha256(registered.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return name if index is None else f"{name}.{index}"
