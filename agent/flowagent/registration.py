@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,9 @@ from flowagent.store.protocol import Store
 
 if TYPE_CHECKING:
     from flowagent.flows.base import BaseFlow
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class Registrar:
         declared = storage.to_json()
         backend = self._backends.get(declared["type"])
         spec = _spec(flow, backend, declared, project, labels)
-        with tempfile.TemporaryDirectory(prefix="flowagent-") as directory:
-            made = await anyio.to_thread.run_sync(_artifact, flow, storage, candidate, Path(directory))
+        with _workplace(f"{backend.type}: flow {flow.name!r}") as directory:
+            made = await anyio.to_thread.run_sync(_artifact, flow, storage, candidate, directory)
             _check_kind(backend, made.artifact)
             if made.fingerprint is not None:
                 return await self._keep(spec, backend, made)
@@ -209,6 +213,27 @@ def _with_template(run_config: dict[str, Json]) -> dict[str, Json]:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UsageError(f"job_template_path {path} cannot be read: {why}; correct the path") from None
     return {**run_config, "job_template": text, "job_template_path": None}
+
+
+@contextmanager
+def _workplace(what: str) -> Iterator[Path]:
+    """A directory for what is made of a flow; it goes at the end. ``what`` begins errors.
+
+    :raises UsageError: there is no room in it, or where a backend looks at what the storage has."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="flowagent-") as directory:
+            yield Path(directory)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        temporary = tempfile.gettempdir()
+        place = str(error.filename or temporary)
+        mend = "free space there"
+        if Path(place).is_relative_to(temporary):
+            place, mend = temporary, f"{mend}, or set TMPDIR to another directory"
+        raise UsageError(
+            f"{what} is not registered, as {place} has no room for it: {error.strerror}; {mend}"
+        ) from error
 
 
 def _artifact(flow: BaseFlow, storage: Storage, candidate: Candidate, directory: Path) -> _Made:

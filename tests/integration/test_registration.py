@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forges import gitlab, server
+from tests.forges.repository import BareRepository
 
 from flowagent import Flow, Parameter, Secret, flow, settings, task
 from flowagent.errors import BackendError, StorageNotFoundError, UsageError
@@ -25,7 +30,7 @@ from flowagent.registration import (
 from flowagent.results import LocalResult
 from flowagent.run_configs import DockerRun, LocalRun, UniversalRun
 from flowagent.settings import Settings
-from flowagent.storage import Local, Module
+from flowagent.storage import GitLab, Local, Module
 
 HOST = settings.hostname()
 
@@ -189,6 +194,51 @@ async def test_values_of_secrets_are_nowhere(
     assert found.version.spec.secrets == ("OTHER", "TOKEN")
     for path in home.home.rglob("*"):
         assert not path.is_file() or b"hunter2" not in path.read_bytes()
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk without room, as far as a process can tell that needs no rights for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+NO_ROOM = (
+    r"flow 'My Flow' is not registered, as {place} has no room for it: File too large; "
+    r"free space there, or set TMPDIR to another directory$"
+)
+
+
+async def test_no_room_for_what_is_looked_at_in_a_forge(
+    open_registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    git = BareRepository(tmp_path / "git", default="trunk")
+    git.commit({"flow.py": "x = 1\n", "large.txt": "x" * 5000})
+    stand_in = gitlab.GitLab()
+    stand_in.repositories["acme/flows"] = server.Kept(git)
+    with server.serving(stand_in) as url:
+        storage = GitLab("acme/flows", "flow.py", host=url, files=["large.txt"])
+        message = "GitLab: " + NO_ROOM.format(place=tmp_path)
+        with files_of_at_most(4096), pytest.raises(UsageError, match=message):
+            await open_registrar.register(Candidate(build(storage=storage)))
+        assert list(tmp_path.glob("flowagent-*")) == []
+        assert (await open_registrar.register(Candidate(build(storage=storage)))).created
+
+
+async def test_no_room_for_what_was_registered_before(
+    open_registrar: Registrar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    await open_registrar.register(Candidate(build()))
+    message = "Local: " + NO_ROOM.format(place=tmp_path)
+    with files_of_at_most(64), pytest.raises(UsageError, match=message):
+        await open_registrar.register(Candidate(build()))
+    assert not (await open_registrar.register(Candidate(build()))).created
 
 
 async def test_several_at_once(home: Settings) -> None:
