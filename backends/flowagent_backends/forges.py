@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Protocol
@@ -118,7 +118,9 @@ class RepositoryBackend(CodeOnly):
             if parent in wanted:
                 raise special(repository, parent, "directory")
         most = min(MOST_BYTES, self.context.max_source)
-        await _fetch_all(repository, revision.id, wanted.values(), directory, most)
+        others = f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""
+        with self.context.progress(f"downloading {storage['path']}{others}") as advance:
+            await _fetch_all(repository, revision.id, wanted.values(), directory, most, advance)
 
     async def upload(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
         """Commit the script if that was asked for; then check that all that is named can be had.
@@ -169,7 +171,12 @@ def blob_id(content: bytes, algorithm: str = "sha1") -> str:
 
 
 async def _fetch_all(
-    repository: Repository, commit: str, files: Iterable[File], directory: Path, most: int
+    repository: Repository,
+    commit: str,
+    files: Iterable[File],
+    directory: Path,
+    most: int,
+    advance: Callable[[int], None],
 ) -> None:
     left = most
     places = anyio.CapacityLimiter(AT_ONCE)
@@ -189,6 +196,7 @@ async def _fetch_all(
                 if left < 0:
                     raise TooLargeError
                 await to_thread.run_sync(_verify, repository, file, target)
+                advance(size)
             except TooLargeError:
                 failed.append(_too_much(repository, f"more than {most} bytes"))
                 group.cancel_scope.cancel()

@@ -111,6 +111,21 @@ class Upload:
     metadata: tuple[tuple[str, str], ...] = ()
 
 
+class Counted:
+    """Tells of progress, and can take it back: what is sent or fetched again counts once."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+        self._amount = 0
+
+    def __call__(self, amount: int) -> None:
+        self._amount += amount
+        self._advance(amount)
+
+    def take_back(self) -> None:
+        self(-self._amount)
+
+
 class ObjectBackend(ABC):
     """The driver of an object store, but for the transport. ``place`` is a storage or a result declaration:
     what it says of bucket and connection is the transport's business."""
@@ -297,10 +312,12 @@ class ObjectBackend(ABC):
             deadline(where, LONGEST),
             understood(where),
         ):
+            counted = Counted(advance)
             try:
-                revision = await self._store(result, key, upload, advance)
-            except Taken:
-                revision = await self._replace(result, key, content, advance)
+                revision = await self._store(result, key, upload, counted)
+            except Taken:  # which some stores say at the end of the upload
+                counted.take_back()
+                revision = await self._replace(result, key, content, counted)
         place = {name: result[name] for name in self.place_fields if result.get(name)}
         found = {"key": key, "revision": revision, "size": size, "sha256": sha256}
         return {"storage": self.type, "uri": self._where(result, key).partition(": ")[2], **place, **found}

@@ -19,6 +19,7 @@ from flowagent.models import Json
 from flowagent_backends import aws, objects
 from flowagent_backends.objects import (
     MARK,
+    Counted,
     Head,
     ObjectBackend,
     Replaced,
@@ -127,6 +128,7 @@ class S3Backend(ObjectBackend):
         where = self._where(place, key)
         kind, _, value = (revision or "").partition(":")
         exactly = {"version": {"VersionId": value}, "etag": {"IfMatch": value}}.get(kind, {})
+        counted = Counted(advance)
 
         async def fetch(client: Any) -> str:
             with deadline(where, objects.PATIENCE):
@@ -155,7 +157,7 @@ class S3Backend(ObjectBackend):
                             await target.write(chunk)
                         except OSError as error:  # such are errors of the connection, too
                             raise _Unwritten(where) from error
-                        advance(len(chunk))
+                        counted(len(chunk))
             if size != found["ContentLength"]:
                 raise _BrokenOff(
                     f"{where} broke off after {size} of {found['ContentLength']} bytes; try again later"
@@ -169,6 +171,7 @@ class S3Backend(ObjectBackend):
                 assert error.__cause__ is not None
                 raise error.__cause__ from None
             except _BrokenOff:
+                counted.take_back()
                 if attempt == ATTEMPTS:
                     raise
                 await anyio.sleep(BACKOFF * 4**attempt)
@@ -200,14 +203,16 @@ class S3Backend(ObjectBackend):
             with deadline(where, objects.PATIENCE):
                 begun = await client.create_multipart_upload(**target, **made)
             of = {**target, "UploadId": begun["UploadId"]}
+            counted = Counted(advance)
             try:
-                parts = await _parts(client, where, of, upload, advance)
+                parts = await _parts(client, where, of, upload, counted)
                 with deadline(where, 5 * objects.PATIENCE):  # it is put together there, which takes its time
                     done = await client.complete_multipart_upload(
                         **of, **condition, MultipartUpload={"Parts": parts}
                     )
                 return _revision(done)
             except BaseException:
+                counted.take_back()
                 # what is left there costs money; why it ended is told, whatever becomes of that
                 with anyio.move_on_after(10, shield=True), suppress(Exception):
                     await client.abort_multipart_upload(**of)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,25 @@ class RepositoryCases:
         case.git.commit(many)
         _, files = await case.fetch(case.storage(files=["data/"]), tmp_path / "source")
         assert files == {"flows/etl.py": SCRIPT, **many}
+
+    async def test_progress(self, case: Case, tmp_path: Path) -> None:
+        sizes = {f"data/{number}": 1000 * (number + 1) for number in range(5)}
+        case.git.commit({name: "x" * size for name, size in sizes.items()})
+        seen: list[tuple[str, list[int]]] = []
+
+        @contextmanager
+        def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+            amounts: list[int] = []
+            seen.append((what, amounts))
+            yield amounts.append
+
+        case.backend = case.make(BackendContext(case.home, "host1", environ=case.environ, progress=progress))
+        await case.fetch(case.storage(files=["data/"]), tmp_path / "source")
+        ((what, amounts),) = seen
+        assert what == "downloading flows/etl.py and 5 more"
+        assert sorted(amounts) == sorted([len(SCRIPT), *sizes.values()])
+        await case.fetch(case.storage(), tmp_path / "alone")
+        assert seen[1:] == [("downloading flows/etl.py", [len(SCRIPT)])]
 
     async def test_bounds(self, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         case.git.commit({f"data/{number}": "x" * 100 for number in range(20)})

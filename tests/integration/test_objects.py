@@ -468,3 +468,42 @@ async def test_an_upload_that_fails_leaves_nothing(
         bench.read("broken")
     if bench.kind == "S3":
         assert bench.gate.count("DELETE", "uploadId=") == 1
+
+
+# -- progress ------------------------------------------------------------------------------------------
+
+
+async def test_progress_counts_once_what_is_done_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download that broke off, an upload that was refused, and one that found at its end that the key is
+    taken, and took the place of what is there."""
+    seen: list[tuple[str, int | None, list[int]]] = []
+
+    @contextmanager
+    def progress(what: str, total: int | None = None) -> Iterator[Any]:
+        amounts: list[int] = []
+        seen.append((what.partition(" ")[0], total, amounts))
+        yield amounts.append
+
+    monkeypatch.setattr(objects, "PART", 5 << 20)
+    backend = bench._backend(dataclasses.replace(bench.context, progress=progress))
+    file = tmp_path / "value"
+    file.write_bytes(bytes(6 << 20))
+    bench.gate.when("PUT|POST", "/p", gates.status(503), times=1)
+    storage = await backend.upload(bench.storage("p").to_json(), pickle(data=DATA * 5000))
+    bench.gate.when("GET", "/p", gates.truncate, times=1)
+    await SourceCache(tmp_path / "cache").acquire(backend, storage, await backend.resolve(storage))
+    for _ in range(2):
+        reference = await backend.put(bench.result().to_json(), "result", file)
+    bench.gate.when("GET", "/result", gates.truncate, times=1)
+    await backend.get(reference, tmp_path / "got")
+    await backend.close()
+    size, large = len(DATA) * 5000, 6 << 20
+    assert [(what, total, sum(amounts)) for what, total, amounts in seen] == [
+        ("uploading", size, size),
+        ("downloading", size, size),
+        ("uploading", large, large),
+        ("uploading", large, large),
+        ("downloading", large, large),
+    ]
