@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
+import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,11 +22,25 @@ def kernel() -> None:
     assert landlock.version() >= 6, "these tests need a kernel with Landlock 6: Linux 6.12 or newer"
 
 
+def rules_of(readable: landlock.Readable) -> list[landlock.Rule]:
+    return [rule for rules in readable._rules.values() for rule in rules]
+
+
+def have_no_more_than(descriptors: int, *kept: int) -> None:
+    """A limit of them, and none open but pipes, standard ones and ``kept``: other tests have left some."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if fd > 2 and fd not in kept and not stat.S_ISFIFO(os.fstat(fd).st_mode):
+                os.close(fd)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
+
+
 def confined(readable: landlock.Readable, *writable: Path) -> None:
     readable.refresh()
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     ruleset = landlock.Ruleset(landlock.version(), connect=None, bind=None)
-    ruleset.add(readable.rules)
+    readable.hand_to(ruleset)
     ruleset.allow("/", landlock.READ_DIR)
     for path in writable:
         ruleset.allow(str(path), landlock.handled(landlock.version()))
@@ -83,13 +100,59 @@ def test_rules_that_did_not_change_are_not_made_again(tmp_path: Path) -> None:
     readable.refresh()
     time.sleep(0.1)  # until then, what changed last may change again unnoticed
     readable.refresh()
-    before = list(readable.rules)
+    before = rules_of(readable)
     readable.refresh()
-    assert all(one is other for one, other in zip(before, readable.rules, strict=True))
+    assert all(one is other for one, other in zip(before, rules_of(readable), strict=True))
     (tmp_path / "new").touch()
     readable.refresh()
-    kept = [rule for rule in readable.rules if any(rule is other for other in before)]
-    assert 0 < len(kept) < len(readable.rules), "of the one directory, and no others"
+    kept = [rule for rule in rules_of(readable) if any(rule is other for other in before)]
+    assert 0 < len(kept) < len(rules_of(readable)), "of the one directory, and no others"
+
+
+@pytest.mark.parametrize("descriptors", [64, 1024])
+def test_there_may_be_more_entries_than_descriptors(tmp_path: Path, descriptors: int) -> None:
+    for number in range(1200):
+        (tmp_path / f"file-{number}").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "denied")
+    (tmp_path / "denied").write_text("x")
+    readable = landlock.Readable([str(tmp_path / "denied")])
+
+    def look() -> dict[str, int | None]:
+        have_no_more_than(descriptors)
+        confined(readable)
+        os.dup(0)  # some are left, for all else that a process does
+        codes = {path.name: refused(path.read_text) for path in tmp_path.iterdir()}
+        return {name: code for name, code in codes.items() if code is not None}
+
+    assert forked(look) == {"denied": errno.EACCES, "link": errno.EACCES}
+
+
+def test_that_no_descriptor_is_left_is_not_taken_for_a_file_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    readable = landlock.Readable([str(tmp_path / "denied")])
+
+    def exhausted(before: bool) -> list[int | None]:
+        ruleset = landlock.Ruleset(landlock.version(), connect=None, bind=None)
+        have_no_more_than(64, ruleset._fd)
+        found = []
+        for _ in range(2):
+            if not before:
+                readable.refresh()
+            held = []
+            with suppress(OSError):
+                while True:
+                    held.append(os.dup(0))
+            if before:
+                readable.refresh()
+            found.append(refused(lambda: readable.hand_to(ruleset)))
+            for fd in held:
+                os.close(fd)
+            readable.refresh()
+            found.append(refused(lambda: readable.hand_to(ruleset)))
+        return found
+
+    for before in (False, True):
+        assert forked(lambda before=before: exhausted(before)) == [errno.EMFILE, None] * 2
 
 
 def test_only_what_is_allowed_can_be_written(tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ class Jail:
         }
         return [
             *("nsenter", f"--target={self.first}", "--mount", "--ipc", "--pid"),
-            *("prlimit", "--nproc=1500"),  # should a limit of flowagent fail, the machine lives on
+            # should a limit of flowagent fail, the machine lives on; descriptors are as few as services get
+            *("prlimit", "--nproc=1500", "--nofile=1024:"),
             *("setsid", "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"),
             *(
                 "env",

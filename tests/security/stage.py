@@ -28,6 +28,7 @@ BOMBS = (
     "unlinked_disk_fill",
     "output_flood",
     "descriptors",
+    "frugal",
     "cpu_burn",
     "large_file",
     "overtime",
@@ -107,6 +108,8 @@ class Stage(Outlook):
             ".bashrc",
         ):
             self._write(home / name, "decoy")
+        for number in range(1200):  # more than the agent may have descriptors
+            self._write(home / f"neighbour-{number}", "of what is closed", 0o644)
         self._write(self.flows_home / ".ssh/id_ed25519", "decoy")
         os.chown(self.jail.path(self.flows_home / ".ssh/id_ed25519"), USERS["fa-flows"], USERS["fa-flows"])
         self._directory(self.home, 0o700)

@@ -4,7 +4,7 @@ By ctypes: the two packages on PyPI are a pre-release that knows neither network
 that nobody else uses yet; both would have to be laid out next to every interpreter of a flow, for three
 system calls. Landlock knows only rules that allow. "Everything but these paths" is therefore made of a rule
 for each entry of each directory on the way to a denied path: :class:`Readable` keeps those rules ready, with
-open descriptors, so that a run only has to hand them to the kernel.
+open descriptors as far as they go, so that a run only has to hand them to the kernel.
 
 Numbers and semantics: https://docs.kernel.org/userspace-api/landlock.html
 """
@@ -12,12 +12,13 @@ Numbers and semantics: https://docs.kernel.org/userspace-api/landlock.html
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import resource
 import stat
 import struct
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 
 from flowagent.runtime.linux import checked, libc
 
@@ -37,6 +38,11 @@ OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 HANDLED = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 """File system rights by the version that brought the last of them."""
 PORTS_SINCE, SCOPES_SINCE, TRUNCATE_SINCE = 4, 6, 3
+
+SPARE = 256
+"""Descriptors that rules leave to everything else in their process."""
+EXHAUSTED = (errno.EMFILE, errno.ENFILE)
+"""No descriptors are left to this process, or to the machine."""
 
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx")
 COMPUTING = ("dri", "kfd", "nvidia", "nvhost", "accel")
@@ -67,7 +73,9 @@ class Rule:
 class Readable:
     """Everything but ``denied``, as rules that stay ready between runs.
 
-    Entries that appear later in a directory on the way to a denied path are found by its time of change."""
+    Entries that appear later in a directory on the way to a denied path are found by its time of change. A
+    directory may have more entries than a process may have descriptors; those that are left over have theirs
+    for a moment only, in each run."""
 
     def __init__(self, denied: Iterable[str]) -> None:
         paths = {os.path.realpath(path) for path in denied}
@@ -76,10 +84,21 @@ class Readable:
         # Directories on the way: what was seen of each, and the rules for the entries that are not denied.
         self._seen = {parent: -1 for path in self._denied for parent in _parents(path)} or {"/": -1}
         self._rules: dict[str, list[Rule]] = {}
+        self._left_over: dict[str, list[str]] = {}
+        self._unread: OSError | None = None
 
-    @property
-    def rules(self) -> list[Rule]:
-        return [rule for rules in self._rules.values() for rule in rules]
+    def hand_to(self, ruleset: Ruleset) -> None:
+        """Allow it all. :raises OSError: not even one descriptor is left."""
+        if self._unread is not None:
+            raise self._unread
+        for rules in self._rules.values():
+            ruleset.add(rules)
+        for paths in self._left_over.values():
+            for path in paths:
+                rule = _rule_if_there(path)
+                if rule is not None:
+                    ruleset.add([rule])
+                    os.close(rule.fd)
 
     def changed(self) -> bool:
         """Whether the rules may not be what they should be any more."""
@@ -87,6 +106,7 @@ class Readable:
 
     def refresh(self) -> None:
         """Make those rules anew that a change since they were made concerns."""
+        self._unread = None
         for directory, seen in self._seen.items():
             if _changed(directory) != seen:
                 self._look_into(directory)
@@ -98,16 +118,49 @@ class Readable:
         # what changed in this very tick of the clock may change again in it, unnoticed: look again next time
         settled = time.time_ns() - changed > 50_000_000
         self._seen[directory] = changed if settled else -1
-        self._rules[directory] = found = []
+        room = _most_kept() - sum(map(len, self._rules.values()))
+        kept: list[Rule] = []
+        left_over: list[str] = []
+        self._rules[directory], self._left_over[directory] = kept, left_over
         try:
             names = os.listdir(directory)
-        except OSError:
-            return  # not there, or a file by now
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self._unread, self._seen[directory] = error, -1
+            return  # otherwise it is not there, or a file by now
         for name in names:
             path = directory.rstrip("/") + "/" + name
-            if path not in self._denied and path not in self._seen and path != "/dev":
-                with suppress(OSError):
-                    found.append(rule_for(path, READ))
+            if path in self._denied or path in self._seen or path == "/dev":
+                continue
+            if len(kept) >= room:
+                left_over.append(path)
+                continue
+            try:
+                made = _rule_if_there(path)
+            except OSError:
+                room = 0
+                left_over.append(path)
+                continue
+            if made is not None:
+                kept.append(made)
+
+
+def _most_kept() -> int:
+    """How many descriptors may stay open for rules."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (1 << 20 if limit == resource.RLIM_INFINITY else limit) - SPARE
+
+
+def _rule_if_there(path: str) -> Rule | None:
+    """A rule to read a path; None: it cannot be had, as it is gone, closed to us, or a symbolic link.
+
+    :raises OSError: there are no descriptors left, which says nothing about the path."""
+    try:
+        return rule_for(path, READ)
+    except OSError as error:
+        if error.errno in EXHAUSTED:
+            raise
+        return None
 
 
 def _parents(path: str) -> Iterable[str]:

@@ -192,20 +192,25 @@ class Sandbox:
         """In a process that will confine itself later: what does not depend on the run."""
         if self.abi:
             self._readable.refresh()
-            self._ruleset = self._common_ruleset({})
+            with suppress(OSError):  # tried again when there is a run, whose reason then says why
+                self._ruleset = self._common_ruleset({})
 
     def _common_ruleset(self, ports: Mapping[str, Any]) -> landlock.Ruleset:
         ruleset = landlock.Ruleset(self.abi, connect=ports.get("connect"), bind=ports.get("bind"))
         ruleset.add(self._everywhere)
-        ruleset.add(self._readable.rules)
+        self._readable.hand_to(ruleset)
         return ruleset
 
     def confine(self, level: str, run: RunDirectory, spec: Mapping[str, Any], limit: limits.Limits) -> None:
-        """Apply a level to the calling process, for ever. :raises OSError: fail closed."""
+        """Apply a level to the calling process, for ever. It fails closed.
+
+        :raises FlowError: there are not enough descriptors for it.
+        :raises OSError: the kernel refused."""
         grants = spec["grants"]
         isolated = level == LANDLOCK and self._isolates
         if level != NAMESPACE:  # there it was done before
-            self._limit(limit)
+            # a flow may be left fewer descriptors than its rules are kept in: that limit comes after them
+            self._limit(limit._replace(open_files=None))
         if isolated:
             granted = (*grants["read"], *grants["write"])
             covered = [path for path in self.rules.covered if not _opened(path, granted)]
@@ -216,7 +221,17 @@ class Sandbox:
             linux.drop_capabilities()
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         if level != PROCESS and self.abi:
-            self._restrict(run, spec, isolated, level == NAMESPACE)
+            try:
+                self._restrict(run, spec, isolated, level == NAMESPACE)
+            except OSError as error:
+                if error.errno not in landlock.EXHAUSTED:
+                    raise
+                raise FlowError(
+                    f"cannot be confined: {os.strerror(error.errno)}; the agent's limit of descriptors "
+                    "(LimitNOFILE, ulimit -n) or the machine's (fs.file-max) is to be raised"
+                ) from error
+        if level != NAMESPACE:
+            limits.apply(limits.Limits(open_files=limit.open_files), memory=False)
         if self._filters:
             own_ipc = isolated or level == NAMESPACE
             network = seccomp.OFFLINE if not grants["network"] else seccomp.ONLINE

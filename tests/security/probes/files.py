@@ -148,6 +148,16 @@ def shared_memory_files(world: World) -> bool:
     return _stays(world, "/dev/shm")
 
 
+@probe(
+    "reading files next to what is closed, more of them than the agent may have descriptors",
+    "AAA",
+    why="everything but credentials and what is the agent's may be read",
+)
+def neighbours(world: World) -> bool:
+    names = [name for name in os.listdir(world.user_home) if name.startswith("neighbour-")]
+    return len(names) == 1200 and all(opens(f"{world.user_home}/{name}") for name in names)
+
+
 @probe("its own directory, to work in", "AAA", why="that is what it is for")
 def own_directory(world: World) -> bool:
     return creates(os.getcwd()) and creates(os.environ["TMPDIR"]) and creates(os.environ["HOME"])

@@ -69,6 +69,17 @@ def descriptors(stage: World) -> bool:
     return _went_too_far(stage, "descriptors")
 
 
+@probe(
+    "fewer descriptors than confining it takes, for all that it does itself",
+    "AAA",
+    why="the limit is the flow's own, not its confinement's",
+    everywhere=False,
+    outside=True,
+)
+def few_descriptors(stage: World) -> bool:
+    return "ran with few" in stage.output("frugal")
+
+
 @probe("CPU time, of children in sessions of their own too", "BBB", everywhere=False, outside=True)
 def cpu_burn(stage: World) -> bool:
     return _went_too_far(stage, "cpu_burn")
