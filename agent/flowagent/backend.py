@@ -133,6 +133,8 @@ class BackendContext:
     """Where what many sources come from may be kept; None: below the home."""
     max_source: int = MAX_SOURCE
     """How many bytes a source may have."""
+    token_hosts: tuple[str, ...] = ()
+    """Besides the public forges, those that get tokens which no storage names: ``HOST`` or ``HOST:PORT``."""
 
     @classmethod
     def of(cls, settings: Settings, **options: Any) -> BackendContext:
@@ -143,6 +145,7 @@ class BackendContext:
             ssh=settings.openings,
             mirrors=settings.mirrors_dir,
             max_source=settings.max_source,
+            token_hosts=settings.token_hosts,
             **options,
         )
 

@@ -8,6 +8,7 @@ query strings nor credentials in its errors. Nothing is remembered from one requ
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import random
 import ssl
@@ -40,6 +41,7 @@ __all__ = [
     "Response",
     "TooLargeError",
     "client",
+    "confidential",
     "download",
     "multipart",
     "passing",
@@ -177,6 +179,19 @@ def shown(url: httpx.URL | str) -> str:
     host = f"[{url.host}]" if ":" in url.host else url.host
     port = f":{url.port}" if url.port else ""
     return f"{url.scheme}://{host}{port}{url.path}"
+
+
+def confidential(url: httpx.URL | str) -> bool:
+    """Whether nobody on the way can read what goes there: by TLS, or not beyond this machine."""
+    try:
+        url = httpx.URL(url)
+    except httpx.InvalidURL:
+        return True  # nothing goes there
+    try:
+        here = url.host == "localhost" or ipaddress.ip_address(url.host).is_loopback
+    except ValueError:
+        here = False
+    return url.scheme == "https" or here
 
 
 def multipart(fields: Mapping[str, str], files: Mapping[str, bytes]) -> tuple[bytes, str]:

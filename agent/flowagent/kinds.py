@@ -6,6 +6,7 @@ Each is a function that takes what a file, a variable or a flag says, and return
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from flowagent import labels as label_names
 from flowagent.errors import UsageError
 from flowagent.flows import declarations
 from flowagent.flows.errors import FlowError
+
+_HOST = re.compile(r"([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
 
 def string(value: Any) -> str:
@@ -102,6 +105,14 @@ def strings(value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
         raise ValueError("a list of strings")
     return tuple(value)
+
+
+def hosts(value: Any) -> tuple[str, ...]:
+    """A list of ``HOST`` or ``HOST:PORT``, or one with commas between; in lower case."""
+    found = strings(value)
+    if not all(_HOST.fullmatch(item) for item in found):
+        raise ValueError("a list of HOST or HOST:PORT, without https://,")
+    return tuple(dict.fromkeys(item.lower() for item in found))
 
 
 def modules(value: Any) -> tuple[str, ...]:

@@ -84,6 +84,7 @@ class Settings:
     ssh_dir: Path | None = None  # keys, known_hosts and config; None: ~/.ssh
     ssh_client: str = "asyncssh"  # or openssh
     ssh: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # keys and known hosts by host
+    token_hosts: tuple[str, ...] = ()  # besides the public forges, who gets the agent's own tokens
     # of runs in containers
     engine: str | None = None  # URL of the Docker engine; None: as the docker command finds it
     image: str | None = None  # for runs that name none; None: Python of the agent's version
@@ -315,6 +316,7 @@ _KINDS: Mapping[str, Callable[[Any], Any]] = {
     "ssh_dir": kinds.path,
     "ssh_client": kinds.choice("asyncssh", "openssh"),
     "ssh": kinds.ssh_hosts,
+    "token_hosts": kinds.hosts,
     "runner": kinds.choice("process", "docker", "kubernetes"),
     "engine": kinds.string,
     "image": kinds.string,

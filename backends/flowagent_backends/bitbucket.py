@@ -13,7 +13,7 @@ from flowagent.backend import Features
 from flowagent.errors import BackendError
 from flowagent.models import Json
 from flowagent_backends import forges
-from flowagent_backends.forge_api import Api, ForgeBackend, Token, basic, find_token, find_value, quoted
+from flowagent_backends.forge_api import Api, ForgeBackend, Keyring, Token, basic, quoted
 from flowagent_backends.forges import File, Repository, no_file, special
 
 CLOUD = "https://api.bitbucket.org"
@@ -38,24 +38,26 @@ class BitbucketBackend(ForgeBackend):
             name = f"{workspace or storage['project']}/{storage['repo']}"
             what = f"Bitbucket: {name}"
             base = f"{CLOUD if host in CLOUD_HOSTS else host}/2.0"
-            return CloudRepository(Api(self, what, base, self._cloud_token(what, storage)), name)
+            keyring = Keyring(what, self.context, base, CLOUD)
+            return CloudRepository(Api(self, what, base, self._cloud_token(keyring, storage)), name)
         name = f"{storage['project']}/{storage['repo']}"
         what = f"Bitbucket: {name}"
         named = storage.get("access_token_secret")
-        token = find_token(what, self.context, named, "BITBUCKET_ACCESS_TOKEN")
-        return ServerRepository(Api(self, what, f"{host}/rest/api/latest", token), name)
+        base = f"{host}/rest/api/latest"
+        token = Keyring(what, self.context, base, CLOUD).token(named, "BITBUCKET_ACCESS_TOKEN")
+        return ServerRepository(Api(self, what, base, token), name)
 
-    def _cloud_token(self, what: str, storage: Mapping[str, Json]) -> Token:
+    def _cloud_token(self, keyring: Keyring, storage: Mapping[str, Json]) -> Token:
         named = storage.get("access_token_secret")
         users, passwords = storage.get("cloud_username_secret"), storage.get("cloud_app_password_secret")
         if not users:
-            token = find_token(what, self.context, named, "BITBUCKET_ACCESS_TOKEN")
+            token = keyring.token(named, "BITBUCKET_ACCESS_TOKEN")
             if token.name:
                 return token
-        user = find_value(what, self.context, users, "BITBUCKET_CLOUD_USERNAME")
-        password = find_value(what, self.context, passwords, "BITBUCKET_CLOUD_APP_PASSWORD")
+        user = keyring.value(users, "BITBUCKET_CLOUD_USERNAME")
+        password = keyring.value(passwords, "BITBUCKET_CLOUD_APP_PASSWORD")
         if user is None or password is None:
-            return Token()
+            return Token(hint=keyring.hint("BITBUCKET_ACCESS_TOKEN"))
         name = passwords or "BITBUCKET_CLOUD_APP_PASSWORD"
         return Token(basic(user, password), passwords, name, (password,))
 

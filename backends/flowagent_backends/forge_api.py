@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from flowagent import http
 from flowagent.backend import BackendContext
@@ -33,39 +33,91 @@ class Token:
     """Where it came from; empty: there is none."""
     values: tuple[str, ...] = field(default=(), repr=False)
     """What must not be shown, also if the service says it."""
+    hint: str = "give access_token_secret="
+    """What to do if there is none."""
 
     @property
     def who(self) -> str:
         return f"the token in {self.name}" if self.name else "anybody (there is no token)"
 
 
-def find_token(what: str, context: BackendContext, named: str | None, fallback: str) -> Token:
-    """The secret that the storage names, else the secret or variable ``fallback``, else none.
+class Keyring:
+    """The tokens that may go to the service at ``base``. Those that no storage names are for the service at
+    ``public``, and for hosts that the operator names: else authors, who choose hosts, would choose who gets
+    them."""
 
-    :raises BackendError: the one that the storage names is not set."""
-    value = find_value(what, context, named, fallback)
-    if value is None:
-        return Token()
-    return Token({"Authorization": f"Bearer {value}"}, named, named or fallback, (value,))
+    def __init__(self, what: str, context: BackendContext, base: str, public: str) -> None:
+        self._what = what
+        self._context = context
+        self._base = base
+        self._host = _host(base)
+        self._public = _host(public)
+        named = {host.lower().removesuffix(":443") for host in context.token_hosts}
+        self._ours = self._host in {self._public, *named}
+
+    def token(self, named: str | None, fallback: str) -> Token:
+        """The secret that the storage names, else the secret or variable ``fallback``, else none.
+
+        :raises BackendError: as :meth:`value`."""
+        value = self.value(named, fallback)
+        if value is None:
+            return Token(hint=self.hint(fallback))
+        return Token({"Authorization": f"Bearer {value}"}, named, named or fallback, (value,))
+
+    def value(self, named: str | None, fallback: str) -> str | None:
+        """Such a secret, as it is sent.
+
+        :raises BackendError: the one that the storage names is not set, or all on its way could read it."""
+        name = named or fallback
+        if named is None and not self._ours:
+            return None
+        value = self._find(named, fallback)
+        if value is not None and not http.confidential(self._base):
+            raise BackendError(
+                f"{self._what}: the token in {name} would go to {http.shown(self._base)} for all to read; "
+                "give an address with https://"
+            )
+        return value
+
+    def _find(self, named: str | None, fallback: str) -> str | None:
+        secrets, name = self._context.secrets, named or fallback
+        # no other variable: authors of flows choose the name, and the host that it is sent to
+        variable = (self._context.environ.get(fallback) or None) if name == fallback else None
+        try:
+            if secrets.origin(name) is not None:
+                return secrets.get(name).strip("\r\n")  # a line break after a token belongs to its file
+            if variable is not None and not self._ours:
+                raise BackendError(
+                    f"{self._what}: the variable {name} is not given to {self._host}: name that host in "
+                    f"token_hosts, or store the token for it: flowagent secret set {name}"
+                )
+            return variable or (secrets.get(name) if named else None)
+        except SecretError as error:
+            raise BackendError(f"{self._what}: {error}") from None
+
+    def hint(self, fallback: str) -> str:
+        """What to do if a token is wanted, and there is none."""
+        secrets = self._context.secrets
+        if self._ours or not (self._context.environ.get(fallback) or secrets.origin(fallback)):
+            return "give access_token_secret="
+        return (
+            f"give access_token_secret=, as the token in {fallback} is for {self._public} "
+            f"and hosts in token_hosts, and {self._host} is none of them"
+        )
+
+
+def _host(address: str) -> str:
+    """Host and port of an address, the latter if it is not the usual one."""
+    parts = urlsplit(address)
+    usual = {"https": 443, "http": 80}.get(parts.scheme)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
+    return host if parts.port in (None, usual) else f"{host}:{parts.port}"
 
 
 def basic(user: str, password: str) -> dict[str, str]:
     """The header of HTTP Basic authentication (RFC 7617)."""
     pair = base64.b64encode(f"{user}:{password}".encode(errors="surrogateescape"))
     return {"Authorization": f"Basic {pair.decode()}"}
-
-
-def find_value(what: str, context: BackendContext, named: str | None, fallback: str) -> str | None:
-    secrets = context.secrets
-    name = named or fallback
-    try:
-        if secrets.origin(name) is not None:
-            return secrets.get(name).strip("\r\n")  # a line break after a token belongs to its file
-        # no other variable: authors of flows choose the name, and the host that it is sent to
-        value = context.environ.get(fallback) if name == fallback else None
-        return secrets.get(name) if named and not value else value or None
-    except SecretError as error:
-        raise BackendError(f"{what}: {error}") from None
 
 
 class ForgeBackend(RepositoryBackend):
@@ -170,7 +222,7 @@ class Api:
             )
         until = time.time() + min(wait or 60.0, LONGEST_LIMIT)
         clock = datetime.fromtimestamp(until, UTC).strftime("%H:%M:%S UTC")
-        hint = "wait, or ask less often" if self.token.name else "wait, or give access_token_secret="
+        hint = "wait, or ask less often" if self.token.name else f"wait, or {self.token.hint}"
         why = f"the rate limit for {self.token.who} is used up until {clock}; {hint}"
         self._memory.closed[self.base, self.token.name] = until, why
         raise StorageTransientError(f"{self.what}: {why}")
@@ -185,10 +237,7 @@ class Api:
                 f"expired or revoked; store a new one: flowagent secret set {name}"
             )
         if status in (401, 403) and not name:
-            return BackendError(
-                f"{self.what}: {doing} takes a token ({status}{because}); "
-                "name its secret with access_token_secret="
-            )
+            return BackendError(f"{self.what}: {doing} takes a token ({status}{because}); {self.token.hint}")
         if status == 403 and (sso := headers.get("x-github-sso", "")).startswith("required"):
             return BackendError(
                 f"{self.what}: the token in {name} is not authorized for the organization's single sign-on "
@@ -206,7 +255,7 @@ class Api:
         hint = (
             f"check the name, and what the token in {self.token.name} may read"
             if self.token.name
-            else "check the name, or give access_token_secret= if it is private"
+            else f"check the name, or if it is private, {self.token.hint}"
         )
         return StorageNotFoundError(f"{self.what}: there is no such repository, or it is private; {hint}")
 

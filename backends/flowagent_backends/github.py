@@ -12,7 +12,7 @@ from flowagent import http
 from flowagent.backend import Features
 from flowagent.errors import BackendError
 from flowagent.models import Json
-from flowagent_backends.forge_api import Api, ForgeBackend, find_token, quoted
+from flowagent_backends.forge_api import Api, ForgeBackend, Keyring, quoted
 from flowagent_backends.forges import File, Repository, blob_id, no_file, special
 
 API = "https://api.github.com"
@@ -31,8 +31,9 @@ class GitHubBackend(ForgeBackend):
         """The repository, with the token that is there for it now."""
         what = f"GitHub: {storage['repo']}"
         named = storage.get("access_token_secret")
-        token = find_token(what, self.context, named, "GITHUB_ACCESS_TOKEN")
-        api = Api(self, what, storage.get("base_url") or API, token)
+        base = storage.get("base_url") or API
+        token = Keyring(what, self.context, base, API).token(named, "GITHUB_ACCESS_TOKEN")
+        api = Api(self, what, base, token)
         api.headers["X-GitHub-Api-Version"] = "2022-11-28"
         return GitHubRepository(api, storage["repo"])
 

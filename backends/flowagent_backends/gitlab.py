@@ -15,7 +15,7 @@ from flowagent.backend import Features
 from flowagent.errors import BackendError, StorageTransientError
 from flowagent.models import Json
 from flowagent_backends import forges
-from flowagent_backends.forge_api import Api, ForgeBackend, find_token, quoted
+from flowagent_backends.forge_api import Api, ForgeBackend, Keyring, quoted
 from flowagent_backends.forges import File, Repository, no_file, special
 
 HOST = "https://gitlab.com"
@@ -34,8 +34,8 @@ class GitLabBackend(ForgeBackend):
         """The project, with the token that is there for it now."""
         what = f"GitLab: {storage['repo']}"
         named = storage.get("access_token_secret")
-        token = find_token(what, self.context, named, "GITLAB_ACCESS_TOKEN")
         base = f"{storage.get('host') or HOST}/api/v4"
+        token = Keyring(what, self.context, base, HOST).token(named, "GITLAB_ACCESS_TOKEN")
         return GitLabRepository(Api(self, what, base, token), storage["repo"])
 
 

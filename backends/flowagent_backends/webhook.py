@@ -196,7 +196,13 @@ class WebhookBackend(CodeOnly):
     ) -> http.Request:
         """The request, with the values of its templates; nobody keeps it."""
         what = f"Webhook: {_where(arguments)}"
-        given = _Values(what, name, self._context).fill(arguments)
+        values = _Values(what, name, self._context)
+        given = values.fill(arguments)
+        if values.told and not http.confidential(given["url"]):
+            raise BackendError(
+                f"{what}: the value of {values.told[0]} would go there for all to read; "
+                "give an address with https://"
+            )
         headers = {str(key): str(value) for key, value in (given.get("headers") or {}).items()}
         present = {key.lower() for key in headers}
         body, media = _body(given) if content is None else (content, None)
@@ -239,6 +245,8 @@ class _Values:
         self._what = what
         self._name = name
         self._context = context
+        self.told: list[str] = []
+        """The names of those that nobody else should read: all secrets, and what a header or cookie holds."""
 
     def fill(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with all values in their strings, at any depth. Line breaks after a value, which
@@ -273,14 +281,20 @@ class _Values:
                 f"{self._what}: ${{{name}}} in {self._name} ({at}) is neither a variable nor a secret here; "
                 f"on this machine, run: flowagent secret set {name}"
             )
+        credential = at.partition(".")[0] in ("headers", "cookies", "auth")
+        if credential or not self._is_variable(name):
+            self.told.append(name)
         return value.rstrip("\r\n") if strip else value
 
     def find(self, name: str) -> str | None:
-        # our own variables hold the store's password, and secrets under another name
-        if not name.startswith(_OURS) and (value := self._context.environ.get(name)) is not None:
-            return value
+        if self._is_variable(name):
+            return self._context.environ[name]
         secrets = self._context.secrets
         return secrets.get(name) if secrets.origin(name) is not None else None
+
+    def _is_variable(self, name: str) -> bool:
+        # our own variables hold the store's password, and secrets under another name
+        return not name.startswith(_OURS) and name in self._context.environ
 
 
 def _names(value: Any) -> Iterator[str]:

@@ -48,8 +48,16 @@ class Case:
     environ: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.backend = self.make(BackendContext(self.home, "host1", environ=self.environ))
+        self.backend = self.knowing(self.host)
         self.first = self.git.commit({"flows/etl.py": SCRIPT, "README": "read me"})
+
+    @property
+    def host(self) -> str:
+        return self.stand_in.url.partition("://")[2]
+
+    def knowing(self, *hosts: str) -> RepositoryBackend:
+        """A backend whose operator names these hosts as those that get its tokens."""
+        return self.make(BackendContext(self.home, "host1", environ=self.environ, token_hosts=hosts))
 
     @property
     def private(self) -> bool:
@@ -86,6 +94,14 @@ async def at_work(case: Case) -> AsyncIterator[Case]:
         yield case
     finally:
         await case.backend.close()
+
+
+@asynccontextmanager
+async def closing(backend: RepositoryBackend) -> AsyncIterator[RepositoryBackend]:
+    try:
+        yield backend
+    finally:
+        await backend.close()
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -465,6 +481,42 @@ class TokenCases(RepositoryCases):
         public = await case.backend.resolve(case.storage(ref=case.first))
         named = await case.backend.resolve({**storage, "ref": case.first})
         assert (public.key == named.key) == (how != "named")
+
+    @pytest.mark.parametrize("how", ["variable", "secret"])
+    async def test_a_host_that_nobody_named_gets_no_token(self, case: Case, how: str) -> None:
+        """Authors of flows choose hosts: what they do not name themselves goes where the operator says."""
+        case.private = True
+        case.give_token("read", secret=case.variable if how == "secret" else None)
+        for hosts in ((), ("127.0.0.1",), (f"x.{case.host}", "git.example")):
+            case.stand_in.log.clear()
+            async with closing(case.knowing(*hosts)) as unknown:
+                with pytest.raises(BackendError, match=f"as the token in {case.variable} is for ") as refused:
+                    await unknown.resolve(case.storage())
+                assert f"and {case.host} is none of them" in str(refused.value)
+                one_line(case, refused.value)
+                assert case.stand_in.log
+                assert all(asked.token is None for asked in case.stand_in.log)
+                storage = case.storage(access_token_secret=case.variable)
+                if how == "secret":
+                    assert (await unknown.resolve(storage)).id == case.first
+                else:
+                    with pytest.raises(BackendError, match=rf"variable {case.variable} is not given to 127"):
+                        await unknown.resolve(storage)
+        async with closing(case.knowing("git.example", case.host)) as known:
+            assert (await known.resolve(case.storage())).id == case.first
+
+    @pytest.mark.parametrize("how", ["variable", "named"])
+    async def test_no_token_goes_where_all_can_read_it(self, case: Case, how: str) -> None:
+        case.give_token("read", secret="MY_TOKEN" if how == "named" else None)
+        name = next(name for name in ("base_url", "host") if name in case.storage())
+        address = "http://git.example:8080"
+        storage = {**case.storage(), name: address}
+        if how == "named":
+            storage["access_token_secret"] = "MY_TOKEN"
+        async with closing(case.knowing("git.example:8080")) as backend:
+            with pytest.raises(BackendError, match=rf"would go to {address}.* for all to read") as refused:
+                await backend.resolve(storage)
+        one_line(case, refused.value)
 
     async def test_a_token_that_may_not_read_it(self, case: Case, tmp_path: Path) -> None:
         case.private = True

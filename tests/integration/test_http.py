@@ -548,3 +548,21 @@ async def test_more_requests_than_connections(client: http.AsyncClient) -> None:
         for _ in range(5 * http.MOST_CONNECTIONS):
             group.start_soon(http.send, client, get(peer.url))
     assert len(peer.asked) == 5 * http.MOST_CONNECTIONS
+
+
+@pytest.mark.parametrize(
+    ("url", "is_so"),
+    [
+        ("https://git.example/x", True),
+        ("http://localhost:8080/x", True),
+        ("http://127.0.0.9/x", True),
+        ("http://[::1]:1/x", True),
+        ("http://git.example/x", False),
+        ("http://127.0.0.1.example/x", False),
+        ("http://localhost@git.example/x", False),
+        ("http://10.0.0.1/x", False),
+        ("http://0.0.0.0/x", False),
+    ],
+)
+def test_what_nobody_on_the_way_can_read(url: str, is_so: bool) -> None:
+    assert http.confidential(url) is is_so

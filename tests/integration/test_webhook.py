@@ -74,6 +74,37 @@ async def fetched(backend: WebhookBackend, storage: Mapping[str, Json], director
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"headers": {"X-Key": "${TOKEN}"}},
+        {"cookies": {"session": "${TOKEN}"}},
+        {"auth": ("me", "${TOKEN}")},
+        {"params": {"key": "${KEPT}"}},
+        {"json": {"key": "${KEPT}"}},
+    ],
+)
+async def test_no_credential_goes_where_all_can_read_it(
+    backend: WebhookBackend, home: Path, environ: dict[str, str], shelf: webhooks.Shelf, more: dict[str, Any]
+) -> None:
+    environ |= {"TOKEN": SECRET, "WHERE": "hooks.example:8080", "KIND": "flow"}
+    SecretProvider(home, {}).set("KEPT", SECRET)
+    away = declared(shelf, script=True, get={"url": "http://${WHERE}/flow", **more})
+    with pytest.raises(
+        BackendError, match=r"value of (TOKEN|KEPT) would go there for all to read"
+    ) as refused:
+        await backend.resolve(away)
+    assert SECRET not in str(refused.value)
+    shelf.kept["/flow"] = SCRIPT.encode()
+    here = declared(shelf, script=True, get=more)  # on loopback
+    assert (await backend.resolve(here)).id
+    open_ = declared(
+        shelf, script=True, get={"url": "http://127.0.0.1:1/${KIND}", "params": {"a": "${KIND}"}}
+    )
+    with pytest.raises(StorageTransientError, match="cannot be reached"):
+        await backend.resolve(open_)
+
+
 # -- pickles ---------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flowagent.backend import BackendContext
 from flowagent.cli.config import masked
 from flowagent.errors import SettingsError
 from flowagent.settings import Settings, load
@@ -95,6 +96,13 @@ def test_every_kind_of_value_from_the_environment(tmp_path: Path) -> None:
         ("[agent]\nreserve = '1 lot'", {}, {}, r"a number of bytes such as 512M or 8G is expected"),
         ("[agent]\ncache_max_age = 'long'", {}, {}, r"a number of seconds above 0, or none is expected"),
         ("[agent]\nnotify = 'ftp://x'", {}, {}, r"an http:// or https:// URL without user"),
+        (
+            "[agent]\ntoken_hosts = ['https://x']",
+            {},
+            {},
+            r"a list of HOST or HOST:PORT, without https://, is",
+        ),
+        ("", {"FLOWAGENT_TOKEN_HOSTS": "a/b"}, {}, r"a list of HOST or HOST:PORT"),
         ("[agent]\nnotify_key = 'a-b'", {}, {}, r"the name of a secret is expected"),
         ("", {}, {"limit": -1}, r"option limit has the value -1"),
         ("", {}, {"lmit": 1}, r"option lmit is unknown; did you mean limit"),
@@ -172,6 +180,14 @@ def test_values_that_may_be_secret_are_not_repeated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:80", "localhost:8080", "/run/x.sock", "unix:/x"])
 def test_addresses(tmp_path: Path, address: str) -> None:
     assert settings(tmp_path, health_address=address).health_address == address.removeprefix("unix:")
+
+
+def test_hosts_that_get_tokens(tmp_path: Path) -> None:
+    assert settings(tmp_path).token_hosts == ()
+    found = settings(tmp_path, '[agent]\ntoken_hosts = ["Git.Example", "git.example:8443", "[::1]:80"]')
+    assert found.token_hosts == ("git.example", "git.example:8443", "[::1]:80")
+    assert settings(tmp_path, environ={"FLOWAGENT_TOKEN_HOSTS": "a, b:1"}).token_hosts == ("a", "b:1")
+    assert BackendContext.of(found).token_hosts == found.token_hosts
 
 
 def test_sources_may_be_kept_elsewhere(tmp_path: Path) -> None:

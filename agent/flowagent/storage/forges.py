@@ -58,7 +58,8 @@ class GitHub(Repository):
     """A script in a GitHub repository, by its REST API: ``GitHub("org/repo", "flows/etl.py")``.
 
     ``ref``: branch, tag or commit; by default the default branch. The token is the secret
-    ``access_token_secret``, else the secret or variable ``GITHUB_ACCESS_TOKEN``, else there is none.
+    ``access_token_secret``, else the secret or variable ``GITHUB_ACCESS_TOKEN`` if this is GitHub's own host
+    or one of the agent's ``token_hosts``, else there is none.
     ``base_url`` is that of a GitHub Enterprise Server's API: ``https://HOST/api/v3``.
 
     :raises FlowError: a value that cannot be, or values that contradict each other
@@ -94,7 +95,8 @@ class GitLab(Repository):
 
     ``repo`` is the project's path, or its number. ``ref``: branch, tag or commit; by default the default
     branch. ``host``: of a server of one's own. The token is the secret ``access_token_secret``, else the
-    secret or variable ``GITLAB_ACCESS_TOKEN``, else there is none.
+    secret or variable ``GITLAB_ACCESS_TOKEN`` if this is gitlab.com or one of the agent's ``token_hosts``,
+    else there is none.
 
     :raises FlowError: a value that cannot be, or values that contradict each other
     """
@@ -132,7 +134,8 @@ class Bitbucket(Repository):
     With ``host``, and no ``workspace``, a Bitbucket Server or Data Center there. Otherwise Bitbucket Cloud,
     where repositories are found by ``workspace``, by default the value of ``project``.
 
-    The token is the secret ``access_token_secret``, else the secret or variable ``BITBUCKET_ACCESS_TOKEN``.
+    The token is the secret ``access_token_secret``, else the secret or variable ``BITBUCKET_ACCESS_TOKEN`` if
+    this is the Cloud or one of the agent's ``token_hosts``.
     In the cloud, ``cloud_username_secret`` and ``cloud_app_password_secret`` name the secrets of an API
     token: an account's email address, and the token; else the secrets or variables
     ``BITBUCKET_CLOUD_USERNAME`` and ``BITBUCKET_CLOUD_APP_PASSWORD``.
