@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import subprocess
+import sys
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +175,143 @@ async def test_the_chain_of_awss_tools(
     said = await refusal(other, storage)
     assert "the secret AWS_CREDENTIALS is not like" in said
     assert secret not in said
+
+
+# what follows of the chain is found by a process's environment and home, so each is a process of its own
+
+RESOLVES = """
+import json, sys, anyio
+from pathlib import Path
+from flowagent.backend import BackendContext
+from flowagent_backends.s3 import S3Backend
+
+
+async def main():
+    backend = S3Backend(BackendContext(Path(sys.argv[1]), "host1"))
+    for storage in json.loads(sys.argv[2]):
+        try:
+            print((await backend.resolve(storage)).id)
+        except Exception as error:
+            print(error)
+    await backend.close()
+
+
+anyio.run(main)
+"""
+
+
+@dataclass
+class Role:
+    """A role of moto's that may read below open/ only, and credentials of a session of it."""
+
+    arn: str
+    session: dict[str, Any]
+    home: Path
+    moto: str
+
+    def sees(self, **environ: str) -> None:
+        """What a process finds in this environment are the role's credentials."""
+        given = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        home = {"HOME": str(self.home), "AWS_CONFIG_FILE": str(self.home / "config")}
+        asked = [script(key, bucket="guarded") for key in ("open/f.py", "closed/f.py")]
+        done = subprocess.run(
+            [sys.executable, "-c", RESOLVES, str(self.home), json.dumps(asked)],
+            env={
+                **given,
+                **home,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_ENDPOINT_URL_S3": self.moto,
+                **environ,
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        found, denied = done.stdout.splitlines()
+        assert re.fullmatch(r'etag:"[0-9a-f]{32}"', found), done.stdout + done.stderr
+        assert denied.startswith("S3: s3://guarded/closed/f.py: access was denied (AccessDenied)")
+        for value in self.session.values():
+            assert str(value) not in done.stdout + done.stderr
+
+    @property
+    def expiration(self) -> datetime:
+        return datetime.now(UTC) + timedelta(hours=1)
+
+
+@pytest.fixture
+def role(guarded: dict[str, str], moto: str, tmp_path: Path) -> Role:
+    _check_identities(moto, after=10_000_000)
+    root = {"aws_access_key_id": "root", "aws_secret_access_key": "root", "region_name": "us-east-1"}
+    iam, sts = (boto3.client(name, endpoint_url=moto, **root) for name in ("iam", "sts"))
+    arn = iam.create_role(RoleName="agent", AssumeRolePolicyDocument="{}")["Role"]["Arn"]
+    iam.put_role_policy(RoleName="agent", PolicyName="p", PolicyDocument=json.dumps(POLICY))
+    session = sts.assume_role(RoleArn=arn, RoleSessionName="session")["Credentials"]
+    del session["Expiration"]
+    _check_identities(moto, after=0)
+    return Role(arn, session, tmp_path, moto)
+
+
+def test_a_session_of_single_sign_on(role: Role) -> None:
+    """The token that ``aws sso login`` left is exchanged at the portal."""
+    (role.home / "config").write_text(
+        "[default]\nsso_session = acme\nsso_account_id = 123456789012\nsso_role_name = agent\n"
+        "[sso-session acme]\nsso_start_url = https://acme.awsapps.com/start\nsso_region = us-east-1\n"
+    )
+    cache = role.home / ".aws" / "sso" / "cache"
+    cache.mkdir(parents=True)
+    kept = {"accessToken": "the-token", "expiresAt": role.expiration.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    (cache / f"{hashlib.sha1(b'acme').hexdigest()}.json").write_text(json.dumps(kept))
+    credentials = {
+        "accessKeyId": role.session["AccessKeyId"],
+        "secretAccessKey": role.session["SecretAccessKey"],
+        "sessionToken": role.session["SessionToken"],
+        "expiration": int(role.expiration.timestamp() * 1000),
+    }
+    answer = json.dumps({"roleCredentials": credentials})
+    with gates.gate("http://127.0.0.1:9") as portal:
+        portal.when("GET", "/federation/credentials", gates.status(200, answer))
+        role.sees(AWS_ENDPOINT_URL_SSO=portal.url, AWS_EC2_METADATA_DISABLED="true")
+        assert portal.requests == [("GET", "/federation/credentials?role_name=agent&account_id=123456789012")]
+        assert portal.headers[0]["x-amz-sso_bearer_token"] == "the-token"
+
+
+def test_a_web_identity(role: Role) -> None:
+    """As in a Kubernetes cluster of Amazon's: a file with a token, which STS takes for a role."""
+    token = role.home / "token"
+    token.write_text("header.payload.signature")
+    _check_identities(role.moto, after=1)  # STS is asked without a signature: the token is what counts
+    with gates.gate(role.moto) as sts:
+        role.sees(
+            AWS_WEB_IDENTITY_TOKEN_FILE=str(token),
+            AWS_ROLE_ARN=role.arn,
+            AWS_ENDPOINT_URL_STS=sts.url,
+            AWS_EC2_METADATA_DISABLED="true",
+        )
+        assert [method for method, _ in sts.requests] == ["POST"]
+        assert "Authorization" not in sts.headers[0]
+
+
+def test_the_role_of_an_instance(role: Role) -> None:
+    """The metadata service of EC2, by its second version: a token comes first."""
+    credentials = {
+        "Code": "Success",
+        "Type": "AWS-HMAC",
+        "AccessKeyId": role.session["AccessKeyId"],
+        "SecretAccessKey": role.session["SecretAccessKey"],
+        "Token": role.session["SessionToken"],
+        "LastUpdated": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "Expiration": role.expiration.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    with gates.gate("http://127.0.0.1:9") as service:
+        service.when("PUT", "/latest/api/token$", gates.status(200, "the-token"))
+        service.when("GET", "/security-credentials/agent$", gates.status(200, json.dumps(credentials)))
+        service.when("GET", "/security-credentials/$", gates.status(200, "agent"))
+        service.when("GET", "", gates.status(404))
+        role.sees(AWS_EC2_METADATA_SERVICE_ENDPOINT=service.url)
+        assert service.requests[0] == ("PUT", "/latest/api/token")
+        asked = [{name.lower(): value for name, value in headers.items()} for headers in service.headers[1:]]
+        assert asked
+        assert all(headers["x-aws-ec2-metadata-token"] == "the-token" for headers in asked)
 
 
 # -- buckets -------------------------------------------------------------------------------------------
