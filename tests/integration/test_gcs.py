@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gcs_double import Double, double
+from tests import gate as gates
 
 from flowagent.backend import Artifact, BackendContext
 from flowagent.errors import BackendError, StorageNotFoundError, StorageTransientError
@@ -18,7 +21,7 @@ from flowagent.secrets import SecretProvider
 from flowagent.sources import SourceCache
 from flowagent.storage import GCS
 from flowagent_backends import objects
-from flowagent_backends.gcs import GCSBackend
+from flowagent_backends.gcs import SCOPE, GCSBackend
 
 
 @pytest.fixture
@@ -184,6 +187,81 @@ async def test_a_service_of_tokens_that_is_away(
     with pytest.raises(StorageTransientError, match=r"GCS: a token cannot be fetched: .*try again later"):
         await backend.resolve(script())
     await backend.close()
+
+
+# what follows is found by a process's environment, which google-auth reads when it is imported
+
+RESOLVES = """
+import json, sys, anyio
+from pathlib import Path
+from flowagent.backend import BackendContext
+from flowagent_backends import gcs
+
+gcs.HOST = sys.argv[1]
+
+
+async def main():
+    backend = gcs.GCSBackend(BackendContext(Path(sys.argv[2]), "host1", environ={}))
+    for _ in range(2):
+        print((await backend.resolve(json.loads(sys.argv[3]))).id)
+    await backend.close()
+
+
+anyio.run(main)
+"""
+
+
+def resolved(store: Double, home: Path, **environ: str) -> None:
+    """A process with nothing else of Google's in its environment finds what the store takes."""
+    generation = store.write("f.py", b"x = 1\n")
+    given = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("GOOGLE_", "GCE_", "CLOUDSDK_", "NO_GCE"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RESOLVES, store.url, str(home), json.dumps(script())],
+        env={**given, "HOME": str(home), "GOOGLE_CLOUD_PROJECT": "etl", **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == [f"generation:{generation}"] * 2, done.stderr
+
+
+def test_a_workload_identity_of_another_cloud(store: Double, home: Path) -> None:
+    """A file's token is exchanged at a security token service: Workload Identity Federation."""
+    (home / "token").write_text("header.payload.signature")
+    account = {
+        "type": "external_account",
+        "audience": "//iam.googleapis.com/projects/1/locations/global/workloadIdentityPools/p/providers/q",
+        "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+        "token_url": f"{store.url}/token",
+        "credential_source": {"file": str(home / "token")},
+    }
+    (home / "account.json").write_text(json.dumps(account))
+    resolved(store, home, GOOGLE_APPLICATION_CREDENTIALS=str(home / "account.json"), NO_GCE_CHECK="true")
+    assert store.requests[0] == "POST /token"
+    assert store.minted == 1
+
+
+def test_the_service_account_of_a_machine(store: Double, home: Path) -> None:
+    """Compute Engine and GKE give it by their metadata server."""
+    token = {"access_token": "of-the-machine", "expires_in": 3600, "token_type": "Bearer"}
+    account = {"email": "agent@example.com", "scopes": [SCOPE], "aliases": ["default"]}
+    flavour = {"Metadata_Flavor": "Google", "Content_Type": "application/json"}
+    store.tokens = {"of-the-machine"}
+    with gates.gate("http://127.0.0.1:9") as server:
+        server.when("GET", "/default/token", gates.status(200, json.dumps(token), **flavour))
+        server.when("GET", "/default/", gates.status(200, json.dumps(account), **flavour))
+        server.when("GET", "^/$", gates.status(200, "computeMetadata/", **flavour))
+        server.when("GET", "", gates.status(404, **flavour))
+        address = server.url.removeprefix("http://")
+        resolved(store, home, GCE_METADATA_HOST=address, GCE_METADATA_IP=address)
+        assert server.count("GET", "/computeMetadata/v1/instance/service-accounts/default/token") == 1
+        asked = [{name.lower(): value for name, value in headers.items()} for headers in server.headers]
+        assert all(headers["metadata-flavor"] == "Google" for headers in asked)
+    assert store.minted == 0
 
 
 # -- refusals ------------------------------------------------------------------------------------------
