@@ -8,11 +8,15 @@ import fcntl
 import os
 import resource
 import socket
+import stat
+from pathlib import Path
 
 import pytest
 from forked import forked, refused
 
 from flowagent.runtime import linux, seccomp
+
+AT_FDCWD = -100
 
 
 def tries() -> dict[str, int | None]:
@@ -62,6 +66,67 @@ def test_what_is_refused(own_ipc: bool, network: str, more: set[str]) -> None:
     found = under(own_ipc, network)
     assert {name for name, code in found.items() if code is not None} == ALWAYS | more
     assert {code for code in found.values() if code is not None} == {errno.EPERM}
+
+
+def tries_of_set_id(directory: Path) -> tuple[int, dict[str, int | None]]:
+    """Each call that can give a file a mode, past libc: what bits there are then, and the errno of each."""
+    os.chdir(directory)
+    for name in ("file", "plain"):
+        os.close(os.open(name, os.O_CREAT | os.O_WRONLY, 0o700))
+    fd = os.open("file", os.O_RDONLY)
+    here = seccomp.NUMBERS[os.uname().machine]
+    found: dict[str, int | None] = {}
+    for bits in (0o4000, 0o2000, 0):
+        new = map(b"new-%o-%d".__mod__, ((bits, number) for number in range(100)))
+        mode = 0o1700 | bits
+        flags = {"creating": os.O_CREAT | os.O_WRONLY, "unnamed": os.O_TMPFILE | os.O_WRONLY}
+        how = (ctypes.c_uint64 * 3)(os.O_CREAT | os.O_WRONLY, mode & ~0o1000, 0)
+        calls: dict[str, tuple[object, ...]] = {
+            "chmod": (b"file", mode),
+            "fchmod": (fd, mode),
+            "fchmodat": (AT_FDCWD, b"file", mode),
+            "fchmodat2": (AT_FDCWD, b"file", mode, 0),
+            "creat": (next(new), mode),
+            "mkdir": (next(new), mode),
+            "mkdirat": (AT_FDCWD, next(new), mode),
+            "mknod": (next(new), stat.S_IFREG | mode, 0),
+            "mknodat": (AT_FDCWD, next(new), stat.S_IFREG | mode, 0),
+            "open": (next(new), flags["creating"], mode),
+            "openat": (AT_FDCWD, next(new), flags["creating"], mode),
+            "open unnamed": (b".", flags["unnamed"], mode),
+            "openat unnamed": (AT_FDCWD, b".", flags["unnamed"], mode),
+            "open what is there": (b"plain", os.O_RDONLY, mode),
+            "openat what is there": (AT_FDCWD, b"plain", os.O_RDONLY, mode),
+            "openat2": (AT_FDCWD, next(new), ctypes.byref(how), ctypes.c_size_t(24)),
+        }
+        for title, arguments in calls.items():
+            number = here.get(title.split()[0])
+            if number is not None:
+                done = linux.libc.syscall(number, *arguments)
+                found[f"{title} {bits:o}"] = None if done >= 0 else ctypes.get_errno()
+    modes = {os.lstat(path).st_mode & 0o6000 for path in os.listdir(".")}
+    return sum(modes), found
+
+
+@pytest.mark.parametrize("key", seccomp.programs(True))
+def test_files_that_run_as_their_owner_are_refused(key: tuple[bool, bool, str], tmp_path: Path) -> None:
+    def work() -> object:
+        linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+        seccomp.enforce(seccomp.programs(True)[key])
+        return tries_of_set_id(tmp_path)
+
+    bits, found = forked(work)
+    assert (bits, len(found) >= 27) == (0, True)
+    for title, code in found.items():
+        harmless = title.endswith(" 0") or "what is there" in title
+        expected = errno.ENOSYS if "openat2" in title else None if harmless else errno.EPERM
+        assert code == expected or ("fchmodat2" in title and code == errno.ENOSYS), title  # before Linux 6.6
+
+
+def test_the_calls_that_are_refused_would_do_it(tmp_path: Path) -> None:
+    bits, found = forked(lambda: tries_of_set_id(tmp_path))
+    assert bits == 0o6000
+    assert {code for title, code in found.items() if "fchmodat2" not in title} == {None}
 
 
 def test_truncate_is_refused_where_landlock_does_not_see_it(tmp_path: os.PathLike[str]) -> None:

@@ -1,8 +1,8 @@
 """System calls that flows have no business with, refused by a seccomp filter.
 
 It closes what file rules do not see: other processes' limits, the keyrings that all processes of a user
-share, terminals of others, and calls that go past other filters. The filter is a classic BPF program; its
-format is that of linux/filter.h and linux/seccomp.h.
+share, terminals of others, setuid programs, and calls that go past other filters. The filter is a classic
+BPF program; its format is that of linux/filter.h and linux/seccomp.h.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ NUMBERS = {
         "request_key": 249, "keyctl": 250, "perf_event_open": 298, "prlimit64": 302, "bpf": 321,
         "userfaultfd": 323, "io_uring_setup": 425, "mq_open": 240, "setpriority": 141, "ioprio_set": 251,
         "sched_setparam": 142, "sched_setscheduler": 144, "sched_setaffinity": 203, "sched_setattr": 314,
-        "sendto": 44, "sendmsg": 46, "sendmmsg": 307,
+        "sendto": 44, "sendmsg": 46, "sendmmsg": 307, "open": 2, "mkdir": 83, "creat": 85, "chmod": 90,
+        "fchmod": 91, "mknod": 133, "openat": 257, "mkdirat": 258, "mknodat": 259, "fchmodat": 268,
+        "openat2": 437, "fchmodat2": 452,
     },
     "aarch64": {
         "ioctl": 29, "truncate": 45, "msgget": 186, "semget": 190, "shmget": 194, "socket": 198,
         "add_key": 217, "request_key": 218, "keyctl": 219, "perf_event_open": 241, "prlimit64": 261,
         "bpf": 280, "userfaultfd": 282, "io_uring_setup": 425, "mq_open": 180, "setpriority": 140,
         "ioprio_set": 30, "sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122,
-        "sched_setattr": 274, "sendto": 206, "sendmsg": 211, "sendmmsg": 269,
+        "sched_setattr": 274, "sendto": 206, "sendmsg": 211, "sendmmsg": 269, "mknodat": 33, "mkdirat": 34,
+        "fchmod": 52, "fchmodat": 53, "openat": 56, "openat2": 437, "fchmodat2": 452,
     },
 }  # fmt: skip
 
@@ -45,6 +48,15 @@ ALWAYS = ("add_key", "request_key", "keyctl", "perf_event_open", "bpf", "userfau
 """Never of use in a flow: shared keyrings, spying, and calls that other filters do not see."""
 LASTING = ("shmget", "semget", "msgget", "mq_open")
 """Objects that outlive their processes; refused where a run has no IPC namespace of its own."""
+SETS_MODE = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "creat": 1, "mkdir": 1, "mkdirat": 2,
+             "mknod": 1, "mknodat": 2}  # fmt: skip
+"""Calls and which of their arguments is a mode; not all processors have them all."""
+CREATES = {"open": 1, "openat": 2}
+"""Calls and which argument is their flags; the mode comes after it, and counts for new files only."""
+SET_ID = 0o6000
+"""S_ISUID and S_ISGID: a program that others run as this user, long after the run."""
+O_CREAT, O_TMPFILE = 0o100, 0o20000000
+"""Of the latter only what is not O_DIRECTORY, which differs between processors."""
 TERMINAL = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX: type into a terminal, paste its selection."""
 SCHEDULING = ("sched_setparam", "sched_setscheduler", "sched_setaffinity", "sched_setattr")
@@ -77,13 +89,10 @@ class Filter:
         if machine == "x86_64":
             self._program += [(JUMP_GREATER_EQUAL, 0, 1, X32), (RETURN, 0, 0, RET_ERRNO | errno.EPERM)]
 
-    def refuse(self, names: Iterable[str]) -> None:
+    def refuse(self, names: Iterable[str], code: int = errno.EPERM) -> None:
         """Whatever their arguments."""
         for name in names:
-            self._program += [
-                (JUMP_EQUAL, 0, 1, self._numbers[name]),
-                (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
-            ]
+            self._program += [(JUMP_EQUAL, 0, 1, self._numbers[name]), (RETURN, 0, 0, RET_ERRNO | code)]
 
     def refuse_with(self, name: str, argument: int, values: Iterable[int]) -> None:
         """When the argument (its lower half) is one of ``values``."""
@@ -104,6 +113,24 @@ class Filter:
         """When the argument has one of ``bits``."""
         body = [(JUMP_SET, 0, 1, bits), (RETURN, 0, 0, RET_ERRNO | errno.EPERM)]
         self._when(name, [(LOAD, 0, 0, ARGUMENTS + 8 * argument), *body])
+
+    def refuse_set_id(self) -> None:
+        """Files that run as their owner or group. What openat2 is asked for is in memory, which no filter
+        sees: it is said not to exist, and whoever tries it first goes on with openat."""
+        for name, mode in SETS_MODE.items():
+            if name in self._numbers:
+                self.refuse_with_bits(name, mode, SET_ID)
+        for name, flags in CREATES.items():
+            if name in self._numbers:
+                body = [
+                    (LOAD, 0, 0, ARGUMENTS + 8 * flags),
+                    (JUMP_SET, 0, 3, O_CREAT | O_TMPFILE),  # else there may be anything in place of a mode
+                    (LOAD, 0, 0, ARGUMENTS + 8 * (flags + 1)),
+                    (JUMP_SET, 0, 1, SET_ID),
+                    (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
+                ]
+                self._when(name, body)
+        self.refuse(["openat2"], errno.ENOSYS)
 
     def refuse_scheduling_of_others(self) -> None:
         """Priorities and CPUs of any process but the caller, and of all processes of its user."""
@@ -158,6 +185,7 @@ def _program(own_ipc: bool, network: str, truncate: bool) -> bytes:
     made.refuse_with("ioctl", 1, TERMINAL)
     made.refuse_limits_of_others()
     made.refuse_scheduling_of_others()
+    made.refuse_set_id()
     if not own_ipc:
         made.refuse(LASTING)
     if network == OFFLINE:

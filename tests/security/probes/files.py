@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 import sysconfig
+from collections.abc import Callable
 
 from . import World, creates, opens, probe
 
@@ -156,6 +158,43 @@ def shared_memory_files(world: World) -> bool:
 def neighbours(world: World) -> bool:
     names = [name for name in os.listdir(world.user_home) if name.startswith("neighbour-")]
     return len(names) == 1200 and all(opens(f"{world.user_home}/{name}") for name in names)
+
+
+def _leaves_program(bits: int) -> bool:
+    """Whether a file gets these bits, by any of the calls that give a file its mode."""
+    os.close(os.open("program", os.O_CREAT | os.O_WRONLY, 0o700))
+    mode = 0o755 | bits
+    opened = os.open("program", os.O_RDONLY)
+    ways: dict[str, Callable[[], object]] = {
+        "program": lambda: os.chmod("program", mode),
+        "./program": lambda: os.chmod(opened, mode),
+        "././program": lambda: os.chmod("program", mode, dir_fd=os.open(".", os.O_PATH)),
+        "created": lambda: os.open("created", os.O_CREAT | os.O_WRONLY, mode),
+        "made": lambda: os.mknod("made", mode | stat.S_IFREG),
+        "unnamed": lambda: os.link(
+            f"/proc/self/fd/{os.open('.', os.O_TMPFILE | os.O_WRONLY, mode)}", "unnamed"
+        ),
+    }
+    problem: OSError | None = None
+    for name, way in ways.items():
+        try:
+            way()
+            if os.stat(name).st_mode & bits:
+                return True
+        except OSError as error:
+            problem = error
+    assert problem is not None
+    raise problem
+
+
+@probe("a program that runs as the flow's user, whoever starts it: setuid", "BBB")
+def setuid(world: World) -> bool:
+    return _leaves_program(stat.S_ISUID)
+
+
+@probe("a program that runs as the flow's group: setgid", "BBB")
+def setgid(world: World) -> bool:
+    return _leaves_program(stat.S_ISGID)
 
 
 @probe("its own directory, to work in", "AAA", why="that is what it is for")
