@@ -113,7 +113,7 @@ def retry_after(headers: Headers) -> float | None:
         return float(value)
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, LookupError, OverflowError):
         return None
 
 
@@ -332,7 +332,7 @@ async def _exchange(using: AsyncClient, request: Request, read: Callable[[Respon
 async def _follow(using: AsyncClient, request: Request, progress: _Sent) -> Response:
     try:
         url = using.base_url.join(request.url) if str(using.base_url) else httpx.URL(request.url)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, UnicodeEncodeError):
         raise _unusable(request) from None
     if url.scheme not in ("http", "https") or not url.host:
         raise _unusable(request)
@@ -345,7 +345,10 @@ async def _follow(using: AsyncClient, request: Request, progress: _Sent) -> Resp
         encoded = [(name.encode(), value) for name, value in headers.items()]
         progress.restart()
         body = None if content is None else _Streamed(content, progress)
-        sent = using.build_request(method, url, headers=encoded, params=params, content=body)
+        try:
+            sent = using.build_request(method, url, headers=encoded, params=params, content=body)
+        except (httpx.InvalidURL, UnicodeEncodeError):  # by its params
+            raise _unusable(request) from None
         response = await using.send(sent, stream=True, follow_redirects=False)
         if not (request.follow and response.has_redirect_location):
             return response
@@ -372,7 +375,7 @@ def _target(using: AsyncClient, request: Request, url: httpx.URL, response: Resp
     """Where a response redirects to. :raises BackendError: nowhere that is safe to go."""
     try:
         target = url.join(response.headers["location"])
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, ValueError):
         target = None
     if target is not None and target.scheme in ("https", url.scheme) and target.host:
         return target
@@ -386,6 +389,7 @@ def _headers(request: Request) -> dict[str, bytes]:
     """By lower-case name, encoded.
 
     :raises BackendError: a value would end early, and begin another header (RFC 9110, field values)."""
+    encoded: dict[str, bytes] = {}
     for name, value in request.headers.items():
         if any((ord(letter) < 32 and letter != "\t") or letter == "\x7f" for letter in value):
             raise BackendError(
@@ -394,7 +398,13 @@ def _headers(request: Request) -> dict[str, bytes]:
             )
         if not name.isascii() or not all(letter.isalnum() or letter in "!#$%&'*+-.^_`|~" for letter in name):
             raise BackendError(f"{request.what}: {name!r} is no name of a header; correct it")
-    return {name.lower(): value.encode(errors="surrogateescape") for name, value in request.headers.items()}
+        try:
+            encoded[name.lower()] = value.encode(errors="surrogateescape")
+        except UnicodeEncodeError:
+            raise BackendError(
+                f"{request.what}: header {name} would hold what is no text; correct it"
+            ) from None
+    return encoded
 
 
 class _Streamed(httpx.AsyncByteStream):

@@ -83,13 +83,13 @@ class CloudRepository:
             raise self._api.hidden()
         if response.status_code != 200:
             raise self._refusal(response, f"reading {name}")
-        found = [item for item in response.json()["values"] if item["name"] == name]
+        found = [item for item in self._api.read(response)["values"] if item["name"] == name]
         if found:  # of a branch and a tag of one name, the branch
             return self._api.sha(min(found, key=lambda item: item["type"] != "branch")["target"]["hash"])
         if _SHORT.fullmatch(name):
             commit = await self._api.get(f"{self._at}/commit/{name}", params={"fields": "hash"})
             if commit.status_code == 200:
-                return self._api.sha(commit.json()["hash"])
+                return self._api.sha(self._api.read(commit)["hash"])
         raise self._api.no_ref(ref) if ref else self._api.empty()
 
     async def fetch(self, commit: str, file: File, target: Path, limit: int) -> int:
@@ -102,7 +102,7 @@ class CloudRepository:
                 raise no_file(self, file.path, commit)
             if response.status_code != 200:
                 raise self._refusal(response, f"reading {file.path}")
-            self._plain(response.json())
+            self._plain(self._api.read(response))
         got = await self._api.download(at, target, limit)
         if got.status != 200:
             raise self._api.refusal(got.status, got.headers, got.body, f"reading {file.path}")
@@ -121,7 +121,7 @@ class CloudRepository:
                 raise no_file(self, f"{directory}/", commit)
             if response.status_code != 200:
                 raise self._refusal(response, f"listing {directory}/")
-            found = response.json()
+            found = self._api.read(response)
             for entry in found["values"]:
                 if entry["type"] == "commit_directory":
                     waiting.append(f"{self._at}/src/{commit}/{quoted(entry['path'].rstrip('/'), '/')}/")
@@ -170,7 +170,7 @@ class CloudRepository:
             raise self._api.hidden()
         if response.status_code != 200:
             raise self._refusal(response, "reading the repository")
-        branch = response.json().get("mainbranch")
+        branch = self._api.read(response).get("mainbranch")
         if not branch:
             raise self._api.empty()
         return str(branch["name"])
@@ -197,7 +197,7 @@ class ServerRepository:
             raise await self._missing(ref)
         if response.status_code != 200:
             raise self._refusal(response, f"reading {ref or 'the default branch'}")
-        commits = response.json()["values"]
+        commits = self._api.read(response)["values"]
         if not commits:
             raise self._api.empty()
         return self._api.sha(commits[0]["id"])
@@ -224,7 +224,7 @@ class ServerRepository:
                 raise no_file(self, f"{directory}/", commit)
             if response.status_code != 200:
                 raise self._refusal(response, f"listing {directory}/")
-            page = response.json()
+            page = self._api.read(response)
             files += [File(f"{directory}/{path}") for path in page["values"]]
             start = None if page["isLastPage"] else int(page["nextPageStart"])
         return files
@@ -255,7 +255,7 @@ class ServerRepository:
             raise await self._missing(None)
         if response.status_code != 200:
             raise self._refusal(response, "reading the default branch")
-        return str(response.json()["displayId"])
+        return str(self._api.read(response)["displayId"])
 
     async def _missing(self, ref: str | None) -> BackendError:
         """Which of repository and reference is not there."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from flowagent import http
 from flowagent.backend import BackendContext
 from flowagent.errors import BackendError, SecretError, StorageNotFoundError, StorageTransientError, one_line
 from flowagent.redaction import Redactor
+from flowagent_backends import answers
 from flowagent_backends.forges import RepositoryBackend, is_sha
 
 MOST_REMEMBERED = 10_000
@@ -208,6 +208,10 @@ class Api:
             **{"follow": True, **more},
         )
 
+    def read(self, response: http.Response) -> Any:
+        """The JSON of a response. :raises BackendError: it is none."""
+        return answers.read(self.what, response.content)
+
     # -- refusals ------------------------------------------------------------------------------------
 
     def _judge(self, status: int, headers: http.Headers, body: bytes) -> None:
@@ -241,7 +245,7 @@ class Api:
         if status == 403 and (sso := headers.get("x-github-sso", "")).startswith("required"):
             return BackendError(
                 f"{self.what}: the token in {name} is not authorized for the organization's single sign-on "
-                f"({'see ' + sso.partition('url=')[2] if 'url=' in sso and sso.isprintable() else '403'})"
+                f"({'see ' + one_line(sso.partition('url=')[2]) if 'url=' in sso else '403'})"
             )
         if status == 403:
             return BackendError(
@@ -302,10 +306,7 @@ def said(body: bytes, hidden: Iterable[str]) -> str:
 
 
 def _message(body: bytes) -> str:
-    try:
-        found = json.loads(body)
-    except ValueError:
-        return ""
+    found = answers.refusal(body)
     for name in ("message", "error_description", "error_summary", "errors", "error"):
         value = found.get(name) if isinstance(found, dict) else None
         value = value[0] if isinstance(value, list) and value else value

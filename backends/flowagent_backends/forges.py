@@ -15,7 +15,7 @@ import anyio
 from anyio import to_thread
 
 from flowagent.backend import Artifact, BackendContext, Entry, Revision
-from flowagent.errors import BackendError, StorageNotFoundError, StorageTransientError
+from flowagent.errors import BackendError, StorageNotFoundError, StorageTransientError, one_line
 from flowagent.http import TooLargeError
 from flowagent.models import Json
 from flowagent_backends import declared
@@ -27,6 +27,8 @@ MOST_FILES = 2000
 MOST_BYTES = 256 << 20
 AT_ONCE = 8
 """How many files of one source are asked for at the same time."""
+LONGEST_NAME, LONGEST_PATH = 255, 2048
+"""Bytes of what a directory, and of what a source, may have as a name."""
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
@@ -110,10 +112,12 @@ class RepositoryBackend(CodeOnly):
             if name.endswith("/"):
                 with understood(repository.what):
                     found = await repository.listing(revision.id, name.rstrip("/"))
-                _check(repository, name, found)
+                    _check(repository, name, found)
             wanted |= {file.path: file for file in found}
         if len(wanted) > MOST_FILES:
             raise _too_much(repository, f"{len(wanted)} files")
+        for path in wanted:
+            _check_path(repository, path)
         for parent in {str(parent) for path in wanted for parent in PurePosixPath(path).parents}:
             if parent in wanted:
                 raise special(repository, parent, "directory")
@@ -233,8 +237,15 @@ def _verify(repository: Repository, file: File, target: Path) -> None:
 
 
 def _check(repository: Repository, directory: str, found: Iterable[File]) -> None:
-    """:raises BackendError: a listing leads out of its directory, whoever made it so."""
+    """:raises BackendError: a listing leads out of its directory, whoever made it so.
+    :raises TypeError: it is no listing."""
     for file in found:
+        if (
+            not isinstance(file.path, str)
+            or not (file.blob is None or is_sha(file.blob))
+            or not (file.size is None or (isinstance(file.size, int) and 0 <= file.size < 1 << 60))
+        ):
+            raise TypeError
         parts = PurePosixPath(file.path).parts
         if (
             not file.path.startswith(directory)
@@ -243,10 +254,24 @@ def _check(repository: Repository, directory: str, found: Iterable[File]) -> Non
             or "\0" in file.path
             or "/".join(parts) == directory.rstrip("/")
         ):
+            path = one_line(repr(file.path))
             raise BackendError(
-                f"{repository.what}: the listing of {directory} has {file.path!r}, which is not in it; "
+                f"{repository.what}: the listing of {directory} has {path}, which is not in it; "
                 "that server cannot be trusted"
             )
+
+
+def _check_path(repository: Repository, path: str) -> None:
+    """:raises BackendError: no file can have this name."""
+    try:
+        names = [len(name.encode()) for name in path.split("/")]
+    except UnicodeEncodeError:
+        names = []
+    if not names or max(names) > LONGEST_NAME or sum(names) + len(names) > LONGEST_PATH:
+        raise BackendError(
+            f"{repository.what}: {one_line(repr(path), 100)} is no name that a file can have here; "
+            "give that file another one"
+        )
 
 
 def _too_much(repository: Repository, what: str) -> BackendError:
@@ -257,12 +282,13 @@ def _too_much(repository: Repository, what: str) -> BackendError:
 
 def no_file(repository: Repository, path: str, commit: str) -> StorageNotFoundError:
     return StorageNotFoundError(
-        f"{repository.what}: no file {path} at commit {commit[:12]}; commit and push it, or correct the path"
+        f"{repository.what}: no file {one_line(path)} at commit {commit[:12]}; "
+        "commit and push it, or correct the path"
     )
 
 
 def special(repository: Repository, path: str, kind: str) -> BackendError:
     return BackendError(
-        f"{repository.what}: {path} is a {kind}, which is not fetched; "
+        f"{repository.what}: {one_line(path)} is a {kind}, which is not fetched; "
         "name files, or directories with a / at their end, or use Git(...)"
     )

@@ -17,7 +17,8 @@ from flowagent.backend import BackendContext, Features
 from flowagent.errors import BackendError, StorageNotFoundError, StorageTransientError, one_line
 from flowagent.flows.results import GCSResult
 from flowagent.models import Json
-from flowagent_backends import identities, objects
+from flowagent_backends import answers, identities, objects
+from flowagent_backends.answers import understood
 from flowagent_backends.objects import MARK, Head, ObjectBackend, Replaced, Taken, Upload
 
 HOST = "https://storage.googleapis.com"
@@ -65,10 +66,11 @@ class GCSBackend(ObjectBackend):
     async def _head(self, place: Mapping[str, Json], key: str) -> Head:
         fields = {"fields": "generation,size,metadata"}
         response = await self._send(place, key, "GET", self._object(place, key), fields)
-        found = response.json()
         name, value = MARK
-        ours = (found.get("metadata") or {}).get(name) == value
-        return Head(f"generation:{found['generation']}", int(found["size"]), ours)
+        with understood(self._where(place, key)):
+            found = json.loads(response.content)
+            ours = (found.get("metadata") or {}).get(name) == value
+            return Head(f"generation:{found['generation']}", int(found["size"]), ours)
 
     async def _fetch(
         self,
@@ -106,10 +108,11 @@ class GCSBackend(ObjectBackend):
         whole = upload.content.size <= upload.content.part_size()
         store = self._store_whole if whole else self._store_in_parts
         try:
-            found = await store(place, key, upload, params, json.dumps(described).encode(), advance)
+            with understood(self._where(place, key)):
+                found = await store(place, key, upload, params, json.dumps(described).encode(), advance)
+                return f"generation:{found['generation']}"
         except Replaced as error:
             raise Taken(str(error)) from error
-        return f"generation:{found['generation']}"
 
     async def _store_whole(
         self,
@@ -130,7 +133,7 @@ class GCSBackend(ObjectBackend):
         params = {**params, "uploadType": "multipart"}
         response = await self._send(place, key, "POST", self._uploads(place), params, kind, content)
         advance(len(data))
-        found: Mapping[str, Json] = response.json()
+        found: Mapping[str, Json] = json.loads(response.content)
         return found
 
     async def _store_in_parts(
@@ -158,7 +161,7 @@ class GCSBackend(ObjectBackend):
             response = await http.send(self._http(), request)
             if response.status_code in (200, 201):
                 advance(size - offset)
-                found: Mapping[str, Json] = response.json()
+                found: Mapping[str, Json] = json.loads(response.content)
                 return found
             if response.status_code != 308:
                 raise await self._refused(place, key, response.status_code, response.content)
@@ -290,8 +293,8 @@ class GCSBackend(ObjectBackend):
 def _error(body: bytes) -> tuple[str, str]:
     """Reason and message of an error, as far as it has them."""
     try:
-        error: Any = json.loads(body)["error"]
-        reasons = [item.get("reason", "") for item in error.get("errors", [])]
+        error: Any = answers.refusal(body)["error"]
+        reasons = [str(item.get("reason", "")) for item in error.get("errors", [])]
         return (reasons or [""])[0], one_line(str(error.get("message", "")))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         return "", one_line(body[:300].decode(errors="replace"))

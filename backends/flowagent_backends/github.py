@@ -55,7 +55,7 @@ class GitHubRepository:
             conditional=True,
         )
         if response.status_code == 200:
-            return self._api.sha(response.text.strip())
+            return self._api.sha(response.content.decode("ascii", "replace").strip())
         if response.status_code == 409:
             raise self._api.empty()
         if response.status_code in (404, 422):
@@ -108,7 +108,7 @@ class GitHubRepository:
             )
             if response.status_code not in (200, 404):
                 raise self._refusal(response, f"reading {path}")
-            known = response.json().get("sha") if response.status_code == 200 else None
+            known = self._api.read(response).get("sha") if response.status_code == 200 else None
             if known == blob_id(content):
                 return
             change = {"message": message, "content": base64.b64encode(content).decode()}
@@ -135,7 +135,7 @@ class GitHubRepository:
             raise self._api.hidden()
         if response.status_code != 200:
             raise self._refusal(response, "reading the repository")
-        return str(response.json().get("default_branch"))
+        return str(self._api.read(response).get("default_branch"))
 
     async def _tree(self, sha: str, *, recursive: bool = False) -> list[dict[str, Any]]:
         response = await self._api.get(
@@ -143,7 +143,7 @@ class GitHubRepository:
         )
         if response.status_code != 200:
             raise self._refusal(response, f"listing {sha[:12]}")
-        tree = response.json()
+        tree = self._api.read(response)
         if tree.get("truncated"):
             raise BackendError(
                 f"{self.what}: files= names a directory with more files than GitHub lists; use Git(...)"

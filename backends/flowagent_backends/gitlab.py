@@ -81,7 +81,7 @@ class GitLabRepository:
                 raise no_file(self, f"{directory}/", commit)
             if response.status_code != 200:
                 raise self._refusal(response, f"listing {directory}/")
-            for entry in response.json():
+            for entry in self._api.read(response):
                 if entry["mode"] == LINK or entry["type"] == "commit":
                     kind = "symbolic link" if entry["mode"] == LINK else "submodule"
                     raise special(self, entry["path"], kind)
@@ -135,7 +135,7 @@ class GitLabRepository:
             raise self._api.hidden()
         if response.status_code != 200:
             raise self._refusal(response, "reading the project")
-        branch = response.json().get("default_branch")
+        branch = self._api.read(response).get("default_branch")
         if not branch:
             raise self._api.empty()
         return str(branch)
@@ -145,7 +145,7 @@ class GitLabRepository:
         project = await self._api.get(self._at)
         if project.status_code == 404:
             return self._api.hidden()
-        if project.status_code == 200 and not project.json().get("default_branch"):
+        if project.status_code == 200 and not self._api.read(project).get("default_branch"):
             return self._api.empty()
         if ref is not None:
             commit = await self._api.get(f"{self._at}/repository/commits/{quoted(ref)}")

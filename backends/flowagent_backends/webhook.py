@@ -184,7 +184,19 @@ class WebhookBackend(CodeOnly):
             self._http = http.client()
         return self._http
 
-    def _request(
+    def _request(self, name: str, arguments: Mapping[str, Any], method: str, **more: Any) -> http.Request:
+        """The request, with the values of its templates; nobody keeps it.
+
+        :raises BackendError: one is missing, or must not go there, or none of this can be sent."""
+        try:
+            return self._filled(name, arguments, method, **more)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # which may hold a value
+            raise BackendError(
+                f"Webhook: {_where(arguments)}: {name} holds what cannot be sent ({type(error).__name__}); "
+                "correct the storage's arguments"
+            ) from None
+
+    def _filled(
         self,
         name: str,
         arguments: Mapping[str, Any],
@@ -194,7 +206,6 @@ class WebhookBackend(CodeOnly):
         condition: tuple[str, str] | None = None,
         **more: Any,
     ) -> http.Request:
-        """The request, with the values of its templates; nobody keeps it."""
         what = f"Webhook: {_where(arguments)}"
         values = _Values(what, name, self._context)
         given = values.fill(arguments)

@@ -366,6 +366,23 @@ class RepositoryCases:
             await case.backend.resolve(case.storage(ref="dev"))
         one_line(case, failed.value)
 
+    @pytest.mark.parametrize("status", [200, 400, 403])
+    async def test_answers_without_an_end(self, case: Case, tmp_path: Path, status: int) -> None:
+        for body in (b"[" * 200_000, b'{"message": ' * 5000, b'{"message": "' + b"x" * 100_000 + b'"}'):
+            case.stand_in.faults.clear()
+            case.stand_in.fail(Answer(status, body, {"Content-Type": "application/json"}), times=100)
+            with pytest.raises(BackendError) as failed:
+                await case.backend.resolve(case.storage())
+            one_line(case, failed.value)
+
+    @pytest.mark.parametrize("path", ["x" * 300, "y/" + "ö" * 130, "x/" * 1500 + "x"])
+    async def test_a_name_that_no_file_can_have(self, case: Case, tmp_path: Path, path: str) -> None:
+        revision = await case.backend.resolve(case.storage())
+        for storage in (case.storage(path), case.storage(files=[path])):
+            with pytest.raises(BackendError, match="is no name that a file can have here") as failed:
+                await case.backend.materialise(storage, revision, tmp_path)
+            one_line(case, failed.value)
+
     # -- one for many ----------------------------------------------------------------------------------
 
     async def test_a_hundred_runs_are_one_download(self, case: Case, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.forges.openapi import Description
 from tests.forges.repository import BareRepository, Link
 
 from flowagent import FlowError
-from flowagent.backend import BackendContext
+from flowagent.backend import Artifact, BackendContext
 from flowagent.errors import BackendError, StorageNotFoundError, StorageTransientError
 from flowagent.storage import GitHub
 from flowagent_backends.github import GitHubBackend
@@ -137,6 +137,31 @@ class TestGitHub(TokenCases):
         with pytest.raises(BackendError, match="which is not in it; that server cannot be trusted"):
             await case.fetch(case.storage(files=["sql/"]), tmp_path / "source")
         assert not (tmp_path / "evil").exists()
+
+    @pytest.mark.parametrize("path", ["x" * 300, "\ud800x", "d/\ud800/x", "d/" * 1500 + "x"])
+    async def test_a_listing_of_what_no_file_can_be(self, case: Case, tmp_path: Path, path: str) -> None:
+        case.git.commit({"sql/a.sql": "a"})
+        for mode in ("100644", "120000"):
+            entry = {"path": path, "mode": mode, "type": "blob", "sha": "0" * 40, "size": 1}
+            case.stand_in.fail(
+                server.Answer(200, {"tree": [entry]}), lambda asked: "recursive" in asked.target
+            )
+            with pytest.raises(BackendError, match=r"no name that a file|is a symbolic link") as failed:
+                await case.backend.upload(case.storage(files=["sql/"]), Artifact("etl", "script"))
+            one_line(case, failed.value)
+
+    @pytest.mark.parametrize(
+        "odd", [{"path": ["x"]}, {"sha": 7}, {"sha": "x"}, {"size": "1"}, {"size": 10**400}, {"size": -1}]
+    )
+    async def test_a_listing_of_another_form(
+        self, case: Case, tmp_path: Path, odd: dict[str, object]
+    ) -> None:
+        case.git.commit({"sql/a.sql": "a"})
+        entry = {"path": "a", "mode": "100644", "type": "blob", "sha": "0" * 40, "size": 1, **odd}
+        case.stand_in.fail(server.Answer(200, {"tree": [entry]}), lambda asked: "recursive" in asked.target)
+        with pytest.raises(BackendError) as failed:
+            await case.backend.upload(case.storage(files=["sql/"]), Artifact("etl", "script"))
+        one_line(case, failed.value)
 
     async def test_a_listing_that_is_not_whole(self, case: Case, tmp_path: Path) -> None:
         case.git.commit({"sql/a.sql": "a"})

@@ -180,7 +180,18 @@ async def test_no_wait_goes_beyond_the_deadline(client: http.AsyncClient, form: 
         assert len(peer.asked) == 1
 
 
-@pytest.mark.parametrize("value", ["", "soon", "-5", "1.5", "²", "Wed, 99 Foo 2020 99:00:00 GMT"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "soon",
+        "-5",
+        "1.5",
+        "²",
+        "Wed, 99 Foo 2020 99:00:00 GMT",
+        "1 Jan 99999999999999999999 00:00:00 GMT",
+    ],
+)
 def test_a_retry_after_without_sense_says_nothing(value: str) -> None:
     assert http.retry_after(http.Headers([(b"retry-after", value.encode("latin-1"))])) is None
 
@@ -486,6 +497,21 @@ async def test_an_address_that_is_none(client: http.AsyncClient, url: str) -> No
     ) as refused:
         await http.send(client, get(url))
     assert not refused.value.retryable
+
+
+async def test_what_cannot_be_sent_is_said(client: http.AsyncClient) -> None:
+    async with serving(OK) as peer:
+        with pytest.raises(BackendError, match="header X-Name would hold what is no text"):
+            await http.send(client, get(peer.url, headers={"X-Name": "\ud800"}))
+        for url, params in (
+            (f"{peer.url}/\ud800", {}),
+            (peer.url, {"page": "x" * 100_000}),
+            (peer.url, {"page": "\ud800"}),
+            ("http://\ud800/", {}),
+        ):
+            with pytest.raises(BackendError, match="is no address that HTTP can reach"):
+                await http.send(client, get(url, params=params))
+        assert not peer.asked
 
 
 async def test_errors_show_what_they_were_told_to(client: http.AsyncClient) -> None:

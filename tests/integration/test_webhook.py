@@ -105,6 +105,31 @@ async def test_no_credential_goes_where_all_can_read_it(
         await backend.resolve(open_)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"headers": {"X": "\ud800"}},
+        {"params": {"x": "\ud800"}},
+        {"data": {"$bytes": "x"}},
+        {"data": {"$bytes": 7}},
+    ],
+)
+async def test_what_cannot_be_sent(
+    backend: WebhookBackend, shelf: webhooks.Shelf, more: dict[str, Any]
+) -> None:
+    storage = declared(shelf, script=True)
+    storage["get_flow_request_kwargs"] |= more
+    with pytest.raises(BackendError, match=r"holds what cannot be sent|would hold what is no text"):
+        await backend.resolve(storage)
+    assert not shelf.log
+
+
+async def test_a_refusal_without_an_end(backend: WebhookBackend, shelf: webhooks.Shelf) -> None:
+    shelf.fail(server.Answer(403, b"[" * 200_000, {"Content-Type": "application/json"}))
+    with pytest.raises(BackendError, match=r"refuses the request \(403\)"):
+        await backend.resolve(declared(shelf, script=True))
+
+
 # -- pickles ---------------------------------------------------------------------------------------------
 
 
