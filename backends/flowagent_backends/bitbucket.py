@@ -111,10 +111,10 @@ class CloudRepository:
     async def listing(self, commit: str, directory: str) -> list[File]:
         files: list[File] = []
         waiting = [f"{self._at}/src/{commit}/{quoted(directory, '/')}/"]
-        asked = 0
-        while waiting and max(len(files), asked) <= forges.MOST_FILES:
-            asked += 1
+        pages = forges.Pages(self.what, directory)
+        while waiting and len(files) <= forges.MOST_FILES:
             page = waiting.pop()
+            pages.ask(page)
             response = await self._api.get(page, params=None if "?" in page else {"pagelen": "100"})
             content = response.headers.get("content-type", "")
             if response.status_code == 404 or not content.startswith("application/json"):  # it is a file
@@ -215,7 +215,9 @@ class ServerRepository:
     async def listing(self, commit: str, directory: str) -> list[File]:
         files: list[File] = []
         start: Any = 0
+        pages = forges.Pages(self.what, directory)
         while start is not None and len(files) <= forges.MOST_FILES:
+            pages.ask(str(start))
             response = await self._api.get(
                 f"{self._at}/files/{quoted(directory, '/')}",
                 params={"at": commit, "start": str(start), "limit": "1000"},

@@ -102,10 +102,11 @@ class CodeCommitRepository:
         from botocore.exceptions import ClientError
 
         found: list[File] = []
-        waiting, asked = [directory], 0
-        while waiting and max(len(found), asked) <= forges.MOST_FILES:
-            asked += 1
+        waiting = [directory]
+        pages = forges.Pages(self.what, directory)
+        while waiting and len(found) <= forges.MOST_FILES:
             folder = waiting.pop()
+            pages.ask(folder)
             try:
                 page = await self._call(
                     "get_folder", {"FolderDoesNotExistException"}, commitSpecifier=commit, folderPath=folder

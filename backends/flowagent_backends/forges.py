@@ -29,6 +29,8 @@ AT_ONCE = 8
 """How many files of one source are asked for at the same time."""
 LONGEST_NAME, LONGEST_PATH = 255, 2048
 """Bytes of what a directory, and of what a source, may have as a name."""
+LONGEST_CHECK = 600.0
+"""Seconds that registering looks whether all is there; a source cache gives a source as much."""
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
@@ -114,8 +116,8 @@ class RepositoryBackend(CodeOnly):
                     found = await repository.listing(revision.id, name.rstrip("/"))
                     _check(repository, name, found)
             wanted |= {file.path: file for file in found}
-        if len(wanted) > MOST_FILES:
-            raise _too_much(repository, f"{len(wanted)} files")
+            if len(wanted) > MOST_FILES:
+                raise _too_much(repository, f"{len(wanted)} files")
         for path in wanted:
             _check_path(repository, path)
         for parent in {str(parent) for path in wanted for parent in PurePosixPath(path).parents}:
@@ -129,15 +131,21 @@ class RepositoryBackend(CodeOnly):
     async def upload(self, storage: Mapping[str, Json], artifact: Artifact) -> dict[str, Json]:
         """Commit the script if that was asked for; then check that all that is named can be had.
 
-        :raises StorageNotFoundError: it is not in the repository."""
+        :raises StorageNotFoundError: it is not in the repository.
+        :raises StorageTransientError: it took too long."""
         if artifact.kind != "script":
             raise BackendError(f"{self.type}: repositories hold scripts; leave stored_as_script out")
-        if storage.get("upload"):
-            await self._save(storage, artifact)
-        revision = await self.resolve(storage)
-        with tempfile.TemporaryDirectory(prefix="flowagent-") as directory:
-            await self.materialise(storage, revision, Path(directory))
-        return dict(storage)
+        with anyio.move_on_after(LONGEST_CHECK):
+            if storage.get("upload"):
+                await self._save(storage, artifact)
+            revision = await self.resolve(storage)
+            with tempfile.TemporaryDirectory(prefix="flowagent-") as directory:
+                await self.materialise(storage, revision, Path(directory))
+            return dict(storage)
+        raise StorageTransientError(
+            f"{self.repository(storage).what}: to look at {storage['path']} took longer than "
+            f"{LONGEST_CHECK:g} s; try again, or use Git(...)"
+        )
 
     async def _save(self, storage: Mapping[str, Json], artifact: Artifact) -> None:
         storage = declared.storage(storage)
@@ -169,6 +177,30 @@ def is_sha(value: Any) -> bool:
 def blob_id(content: bytes, algorithm: str = "sha1") -> str:
     """The object id that git has for a file's content."""
     return hashlib.new(algorithm, b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+class Pages:
+    """The requests that a listing takes: each is made once, and no more of them than files can be had."""
+
+    def __init__(self, what: str, directory: str) -> None:
+        self._what = what
+        self._directory = directory
+        self._asked: set[bytes] = set()
+
+    def ask(self, page: str) -> None:
+        """Before each request. :raises BackendError: it was made before, or there are too many."""
+        digest = hashlib.sha256(page.encode()).digest()  # a page's name is as long as its service likes
+        if digest in self._asked:
+            raise BackendError(
+                f"{self._what}: the listing of {self._directory}/ leads back to where it was; "
+                "that server cannot be trusted"
+            )
+        if len(self._asked) > MOST_FILES:
+            raise BackendError(
+                f"{self._what}: the listing of {self._directory}/ takes more than {MOST_FILES} requests; "
+                "that is too much for this API, use Git(...)"
+            )
+        self._asked.add(digest)
 
 
 # -- files -----------------------------------------------------------------------------------------------

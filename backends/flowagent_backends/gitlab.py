@@ -75,7 +75,9 @@ class GitLabRepository:
         files: list[File] = []
         params = {"path": directory, "ref": commit, "recursive": "true", "per_page": "100"}
         params["pagination"] = "keyset"
+        pages = forges.Pages(self.what, directory)
         while True:
+            pages.ask(params.get("page_token", ""))
             response = await self._api.get(f"{self._at}/repository/tree", params=params)
             if response.status_code == 404:
                 raise no_file(self, f"{directory}/", commit)

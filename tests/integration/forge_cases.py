@@ -418,6 +418,17 @@ class RepositoryCases:
         with pytest.raises(StorageNotFoundError, match=r"no file gone.txt"):
             await case.backend.upload(case.storage(files=["gone.txt"]), artifact)
 
+    async def test_registering_has_an_end(
+        self, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(forges, "LONGEST_CHECK", 0.2)
+        case.stand_in.fail(Answer(200, wait=1.0), times=9)
+        with pytest.raises(
+            StorageTransientError, match=r"to look at flows/etl.py took longer than 0.2"
+        ) as it:
+            await case.backend.upload(case.storage(), Artifact("etl", "script", path=tmp_path / "etl.py"))
+        one_line(case, it.value)
+
     async def test_pickles_are_refused(self, case: Case) -> None:
         with pytest.raises(BackendError, match="repositories hold scripts"):
             await case.backend.upload(case.storage(), Artifact("etl", "pickle", data=b""))

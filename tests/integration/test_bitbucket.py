@@ -88,6 +88,17 @@ class TestCloud(TokenCases):
             with pytest.raises(BackendError, match="goes on at another address, which is not asked"):
                 await case.fetch(case.storage(files=["sql/"]), tmp_path / f"x{len(following)}")
 
+    async def test_a_listing_without_an_end(self, case: Case, tmp_path: Path) -> None:
+        revision = await case.backend.resolve(case.storage())
+        at = f"{case.stand_in.url}/2.0/repositories/acme/flows/src/x"
+        again = [{"type": "commit_directory", "path": "sql/"}]
+        for page in ({"values": [], "next": f"{at}?page=2"}, {"values": again}):
+            case.stand_in.faults.clear()
+            case.stand_in.fail(server.Answer(200, page), times=100)
+            with pytest.raises(BackendError, match=r"listing of sql/ leads back to where it was") as refused:
+                await case.backend.materialise(case.storage(files=["sql/"]), revision, tmp_path)
+            one_line(case, refused.value)
+
     @pytest.mark.parametrize("path", ["../../evil", "/etc/evil", "sql/../../evil", "other/x"])
     async def test_a_listing_that_leads_out(self, case: Case, tmp_path: Path, path: str) -> None:
         page = {"values": [{"type": "commit_file", "path": path, "size": 1}]}
@@ -133,6 +144,14 @@ class TestDataCenter(TokenCases):
             f"{at}/commits?limit=1",
             f"{at}/raw/flows/etl.py?at={case.first}",
         ]
+
+    async def test_a_listing_without_an_end(self, case: Case, tmp_path: Path) -> None:
+        revision = await case.backend.resolve(case.storage())
+        page = {"values": [], "isLastPage": False, "nextPageStart": 0}
+        case.stand_in.fail(server.Answer(200, page), times=100)
+        with pytest.raises(BackendError, match=r"listing of sql/ leads back to where it was") as refused:
+            await case.backend.materialise(case.storage(files=["sql/"]), revision, tmp_path)
+        one_line(case, refused.value)
 
     async def test_a_listing_that_leads_out(self, case: Case, tmp_path: Path) -> None:
         page = {"values": ["../../evil"], "isLastPage": True}

@@ -13,6 +13,7 @@ from flowagent import FlowError
 from flowagent.backend import BackendContext
 from flowagent.errors import BackendError, StorageNotFoundError, StorageTransientError
 from flowagent.storage import GitLab
+from flowagent_backends import forges
 from flowagent_backends.gitlab import GitLabBackend
 
 __all__ = ["soon"]
@@ -68,6 +69,26 @@ class TestGitLab(TokenCases):
         )
         with pytest.raises(StorageTransientError, match=r"flows/etl.py came with a wrong digest"):
             await case.fetch(case.storage(), tmp_path / "source")
+
+    async def test_a_listing_without_an_end(
+        self, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        revision = await case.backend.resolve(case.storage())
+        asked = len(case.stand_in.log)
+        following = {"Link": '<https://x.example/?page_token=zzz>; rel="next"'}
+        case.stand_in.fail(server.Answer(200, [], following), times=100)
+        with pytest.raises(BackendError, match=r"listing of sql/ leads back to where it was") as refused:
+            await case.backend.materialise(case.storage(files=["sql/"]), revision, tmp_path)
+        one_line(case, refused.value)
+        assert len(case.stand_in.log) == asked + 2
+        case.stand_in.faults.clear()
+        for number in range(100):
+            following = {"Link": f'<https://x.example/?page_token={number}>; rel="next"'}
+            case.stand_in.fail(server.Answer(200, [], following))
+        monkeypatch.setattr(forges, "MOST_FILES", 20)
+        with pytest.raises(BackendError, match=r"listing of sql/ takes more than 20 requests") as refused:
+            await case.backend.materialise(case.storage(files=["sql/"]), revision, tmp_path)
+        one_line(case, refused.value)
 
     async def test_the_limit_in_its_words(self, case: Case) -> None:
         case.stand_in.fail(gitlab.LIMITED)
