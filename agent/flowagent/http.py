@@ -22,6 +22,7 @@ from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import aiofiles
 import anyio
@@ -55,7 +56,10 @@ __all__ = [
 
 T = TypeVar("T")
 
-MOST_CONNECTIONS = 20  # httpx' pool takes time in the square of what waits for it
+MOST_CONNECTIONS = 20
+"""How many requests one origin has at the same time; the rest waits, and nothing else does for it."""
+SLOWEST, PACE = 1024, 60.0
+"""Bytes per second that a download comes at, at least, on average over so many seconds of waiting for it."""
 PATIENCE = 60.0
 TRANSFER = 3600.0
 ATTEMPTS = 4
@@ -80,14 +84,13 @@ def client(
     *,
     base_url: str = "",
     timeout: float = 30.0,
-    connections: int | None = MOST_CONNECTIONS,
     socket: str | None = None,
     **options: Any,
 ) -> AsyncClient:
     """A client with kept-alive connections; it follows the environment's proxies. ``timeout``: seconds that
-    any single read, write or connect may take. ``connections`` at the same time, the rest waits; None: any
-    number. ``socket``: the path of the unix socket that it goes to."""
-    limits = httpx.Limits(max_connections=connections, keepalive_expiry=60.0)
+    any single read, write or connect may take. ``socket``: the path of the unix socket that it goes to."""
+    # not limited here: in one queue for all, a slow host would keep the others waiting
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=60.0)
     if socket is not None:
         options["transport"] = httpx.AsyncHTTPTransport(uds=socket, limits=limits)
     return AsyncClient(
@@ -213,9 +216,10 @@ async def send(using: AsyncClient, request: Request) -> Response:
         response._content = await _body(request, response, request.limit)  # as aread, which knows no limit
         return response
 
+    sent = _Sent(request.advance)
     with anyio.move_on_after(request.deadline):
-        return await _exchange(using, request, read)
-    raise _unreached(using, request, "it did not answer in time")
+        return await _exchange(using, request, sent, read)
+    raise _unreached(using, request, sent.late())
 
 
 @dataclass(frozen=True)
@@ -242,10 +246,12 @@ async def download(
     The request's own deadline is for the head of the response, ``deadline`` for all; of what is not
     finished, no file stays.
 
-    :raises StorageTransientError: it broke off before its end, or took too long.
+    :raises StorageTransientError: it broke off before its end, came too slowly, or took too long.
     :raises TooLargeError: more than ``limit`` bytes came."""
 
     async def read(response: Response) -> Downloaded:
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.stream = _Paced(response.stream, lambda: _too_slow(using, request, response))
         if response.status_code != 200:
             body = await _body(request, response, BODY_LIMIT)
             return Downloaded(response.status_code, response.headers, body=body)
@@ -270,7 +276,7 @@ async def download(
         return Downloaded(200, response.headers, size, digest.hexdigest())
 
     with anyio.move_on_after(deadline):
-        return await _exchange(using, request, read)
+        return await _exchange(using, request, _Sent(request.advance), read)
     raise _unreached(using, request, f"it took longer than {deadline:g} s")
 
 
@@ -289,10 +295,11 @@ async def written(file: Path) -> AsyncIterator[AsyncBufferedIOBase]:
 # -- attempts ------------------------------------------------------------------------------------------
 
 
-async def _exchange(using: AsyncClient, request: Request, read: Callable[[Response], Awaitable[T]]) -> T:
+async def _exchange(
+    using: AsyncClient, request: Request, sent: _Sent, read: Callable[[Response], Awaitable[T]]
+) -> T:
     """What ``read`` makes of the first response that no repetition can better."""
     end = anyio.current_time() + request.deadline
-    sent = _Sent(request.advance)
     attempt = 0
     while True:
         attempt += 1
@@ -309,9 +316,9 @@ async def _exchange(using: AsyncClient, request: Request, read: Callable[[Respon
                     return await read(response)
             finally:
                 with anyio.CancelScope(shield=True):
-                    await response.aclose()
+                    await _close(response)
         except TimeoutError:
-            raise _unreached(using, request, "it did not answer in time") from None
+            raise _unreached(using, request, sent.late()) from None
         except httpx.DecodingError as error:
             raise _unreached(using, request, f"what it sent cannot be decoded ({error})") from error
         except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
@@ -349,10 +356,10 @@ async def _follow(using: AsyncClient, request: Request, progress: _Sent) -> Resp
             sent = using.build_request(method, url, headers=encoded, params=params, content=body)
         except (httpx.InvalidURL, UnicodeEncodeError):  # by its params
             raise _unusable(request) from None
-        response = await using.send(sent, stream=True, follow_redirects=False)
+        response = await _begin(using, sent, progress)
         if not (request.follow and response.has_redirect_location):
             return response
-        await response.aclose()
+        await _close(response)
         target = _target(using, request, sent.url, response)
         if response.status_code == 303 or (response.status_code in (301, 302) and method == "POST"):
             method, content = ("HEAD" if method == "HEAD" else "GET"), None
@@ -369,6 +376,58 @@ async def _follow(using: AsyncClient, request: Request, progress: _Sent) -> Resp
     raise BackendError(
         f"{request.what}: {_where(using, request)} redirects without an end; check the address"
     )
+
+
+_PLACES: WeakKeyDictionary[AsyncClient, dict[tuple[str, str, int | None], _Place]] = WeakKeyDictionary()
+_LEAVE = "flowagent.leave"
+
+
+@dataclass
+class _Place:
+    """Where those wait who want something of one origin."""
+
+    free: anyio.Semaphore = field(default_factory=lambda: anyio.Semaphore(MOST_CONNECTIONS))
+    users: int = 0
+
+
+async def _begin(using: AsyncClient, sent: httpx.Request, progress: _Sent) -> Response:
+    """The head of a response, when it is its turn. It has to be closed by :func:`_close`."""
+    places = _PLACES.setdefault(using, {})
+    origin = (sent.url.scheme, sent.url.host, sent.url.port)
+    place = places.setdefault(origin, _Place())
+    place.users += 1
+
+    def leave() -> None:
+        place.users -= 1
+        if not place.users:
+            del places[origin]
+
+    def finish() -> None:
+        place.free.release()
+        leave()
+
+    progress.queued = True
+    try:
+        await place.free.acquire()
+    except BaseException:
+        leave()
+        raise
+    progress.queued = False
+    try:
+        response = await using.send(sent, stream=True, follow_redirects=False)
+    except BaseException:
+        finish()
+        raise
+    response.extensions[_LEAVE] = finish
+    return response
+
+
+async def _close(response: Response) -> None:
+    """End a response, and let the next one begin."""
+    try:
+        await response.aclose()
+    finally:
+        response.extensions.pop(_LEAVE)()
 
 
 def _target(using: AsyncClient, request: Request, url: httpx.URL, response: Response) -> httpx.URL:
@@ -433,6 +492,14 @@ class _Sent:
     def __init__(self, advance: Callable[[int], None] | None) -> None:
         self._advance = advance or (lambda amount: None)
         self._amount = 0
+        self.queued = False
+        """Whether it waits for others to the same origin, and has not begun."""
+
+    def late(self) -> str:
+        """Why there is no answer in time."""
+        if self.queued:
+            return f"{MOST_CONNECTIONS} other requests to it have not ended in time"
+        return "it did not answer in time"
 
     def advance(self, amount: int) -> None:
         self._amount += amount
@@ -444,6 +511,29 @@ class _Sent:
 
 
 # -- bodies --------------------------------------------------------------------------------------------
+
+
+class _Paced(httpx.AsyncByteStream):
+    """What comes of a body, as long as it comes fast enough."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, too_slow: Callable[[], Exception]) -> None:
+        self._stream = stream
+        self._too_slow = too_slow
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        amount, waited, began = 0, 0.0, anyio.current_time()
+        async for piece in self._stream:
+            amount += len(piece)
+            waited += anyio.current_time() - began  # and not what the reader does with it
+            if waited >= PACE:
+                if amount < SLOWEST * waited:
+                    raise self._too_slow()
+                amount, waited = 0, 0.0
+            yield piece
+            began = anyio.current_time()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 async def _body(request: Request, response: Response, limit: int) -> bytes:
@@ -493,6 +583,16 @@ def _where(using: AsyncClient | None, request: Request) -> str:
 def _too_much(using: AsyncClient | None, request: Request) -> TooLargeError:
     return TooLargeError(
         f"{request.what}: {_where(using, request)} sends more than {request.limit} bytes; that is not taken"
+    )
+
+
+def _too_slow(using: AsyncClient, request: Request, response: Response) -> StorageTransientError:
+    asked = using.base_url.join(request.url).host
+    sender = response.request.url.host
+    via = "" if sender == asked else f", which sends us to {sender},"
+    return StorageTransientError(
+        f"{request.what}: {_where(using, request)}{via} is too slow: "
+        f"less than {SLOWEST} bytes/s for {PACE:g} s; try again later"
     )
 
 

@@ -565,6 +565,74 @@ async def test_an_answer_that_is_not_http_is_no_danger(client: http.AsyncClient)
     assert len(str(refused.value)) < 400
 
 
+async def test_a_slow_host_keeps_no_other_waiting(client: http.AsyncClient, tmp_path: Path) -> None:
+    async with serving(_drip) as slow, serving(OK) as other, anyio.create_task_group() as group:
+        for number in range(http.MOST_CONNECTIONS + 5):
+            group.start_soon(http.download, client, get(slow.url), tmp_path / str(number))
+        while len(slow.asked) < http.MOST_CONNECTIONS:
+            await anyio.sleep(0.01)
+        began = anyio.current_time()
+        assert (await http.send(client, get(other.url))).text == "hello"
+        assert anyio.current_time() - began < 1
+        assert len(slow.asked) == http.MOST_CONNECTIONS
+        with pytest.raises(
+            StorageTransientError, match=rf"{slow.url}/ cannot be reached: 20 other requests to it have not"
+        ):
+            await http.send(client, get(slow.url, deadline=0.2))
+        group.cancel_scope.cancel()
+    assert not http._PLACES[client]
+
+
+async def test_places_are_given_back(client: http.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "MOST_CONNECTIONS", 1)
+    redirect = status("302 Go", "Location: /there")
+    async with serving(_reset, status("503 No"), redirect, OK, _reset) as peer:
+        assert (await http.send(client, get(peer.url, follow=True))).text == "hello"
+        with pytest.raises(StorageTransientError, match="cannot be reached"):
+            await http.send(client, get(peer.url))
+    async with serving(_hang) as peer:
+        for _ in range(3):
+            with pytest.raises(StorageTransientError, match="it did not answer in time"):
+                await http.send(client, get(peer.url, deadline=0.05))
+    with nobody() as gone:
+        for _ in range(3):
+            with pytest.raises(StorageTransientError, match="cannot be reached"):
+                await http.send(client, get(f"http://{gone}/"))
+    assert not http._PLACES[client]
+
+
+async def test_a_download_has_a_pace(
+    client: http.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "PACE", 0.2)
+    async with serving(_drip) as peer:
+        began = anyio.current_time()
+        with pytest.raises(StorageTransientError) as refused:
+            await http.download(client, get(f"{peer.url}/x?key={SECRET}"), tmp_path / "file")
+        assert str(refused.value) == (
+            f"Test: it: {peer.url}/x is too slow: less than 1024 bytes/s for 0.2 s; try again later"
+        )
+        assert anyio.current_time() - began < 2
+        assert len(peer.asked) == 1
+        address = peer.url.replace("127.0.0.1", "localhost")
+        async with serving(status("302 Go", f"Location: {address}/raw?key={SECRET}")) as first:
+            with pytest.raises(StorageTransientError) as refused:
+                await http.download(client, get(f"{first.url}/x", follow=True), tmp_path / "file")
+            assert f"{first.url}/x, which sends us to localhost, is too slow" in str(refused.value)
+            assert SECRET not in str(refused.value)
+        assert not list(tmp_path.iterdir())
+
+    async def steady(stream: SocketStream) -> None:
+        await stream.send(b"HTTP/1.1 200 OK\r\nContent-Length: 6400\r\n\r\n")
+        for _ in range(64):
+            await stream.send(b"x" * 100)
+            await anyio.sleep(0.01)
+
+    async with serving(steady) as peer:
+        got = await http.download(client, get(peer.url), tmp_path / "file")
+        assert got.size == 6400
+
+
 async def test_more_requests_than_connections(client: http.AsyncClient) -> None:
     async def slow(stream: SocketStream) -> None:
         await anyio.sleep(0.02)

@@ -77,7 +77,7 @@ class Engine:
         found = config.of_url(url, environ) if url else config.endpoint(environ)
         self.url = found.url
         scheme, _, rest = self.url.partition("://")
-        options: dict[str, Any] = {"timeout": TIMEOUT, "connections": None}  # each container has two
+        options: dict[str, Any] = {"timeout": TIMEOUT}
         if scheme == "unix" and rest:
             options |= {"base_url": "http://engine", "socket": rest}
         elif scheme in ("tcp", "http", "https") and rest:
