@@ -78,14 +78,21 @@ class CloudRepository:
         # asked for by a condition: a name with a slash has no place in a path
         escaped = name.replace('"', '\\"')
         params = {"q": f'name = "{escaped}"', "fields": "values.type,values.name,values.target.hash"}
-        response = await self._api.get(f"{self._at}/refs{kind}", params=params, conditional=True)
+
+        def tip(response: http.Response) -> str:
+            found = [item for item in self._api.read(response)["values"] if item["name"] == name]
+            if not found:
+                return ""
+            # of a branch and a tag of one name, the branch
+            return self._api.sha(min(found, key=lambda item: item["type"] != "branch")["target"]["hash"])
+
+        response, sha = await self._api.find(f"{self._at}/refs{kind}", tip, params=params)
+        if sha:
+            return sha
         if response.status_code == 404:
             raise self._api.hidden()
         if response.status_code != 200:
             raise self._refusal(response, f"reading {name}")
-        found = [item for item in self._api.read(response)["values"] if item["name"] == name]
-        if found:  # of a branch and a tag of one name, the branch
-            return self._api.sha(min(found, key=lambda item: item["type"] != "branch")["target"]["hash"])
         if _SHORT.fullmatch(name):
             commit = await self._api.get(f"{self._at}/commit/{name}", params={"fields": "hash"})
             if commit.status_code == 200:
@@ -115,7 +122,8 @@ class CloudRepository:
         while waiting and len(files) <= forges.MOST_FILES:
             page = waiting.pop()
             pages.ask(page)
-            response = await self._api.get(page, params=None if "?" in page else {"pagelen": "100"})
+            params = None if "?" in page else {"pagelen": "100"}
+            response = await self._api.get(page, params=params, limit=http.BODY_LIMIT)
             content = response.headers.get("content-type", "")
             if response.status_code == 404 or not content.startswith("application/json"):  # it is a file
                 raise no_file(self, f"{directory}/", commit)
@@ -141,7 +149,7 @@ class CloudRepository:
         for attempt in (1, 2):
             tip = await self.commit_of(f"refs/heads/{branch}", path)
             at = f"{self._at}/src/{tip}/{quoted(path, '/')}"
-            known = await self._api.get(at)
+            known = await self._api.get(at, limit=http.BODY_LIMIT)
             if known.status_code == 200 and known.content == content:
                 return
             # a path with a slash before it is no other field's name
@@ -165,15 +173,18 @@ class CloudRepository:
             raise special(self, entry["path"], "directory")
 
     async def _main_branch(self) -> str:
-        response = await self._api.get(self._at, params={"fields": "mainbranch.name"}, conditional=True)
+        def name(response: http.Response) -> str:
+            branch = self._api.read(response).get("mainbranch")
+            return str(branch["name"]) if branch else ""
+
+        response, branch = await self._api.find(self._at, name, params={"fields": "mainbranch.name"})
+        if branch:
+            return branch
         if response.status_code == 404:
             raise self._api.hidden()
         if response.status_code != 200:
             raise self._refusal(response, "reading the repository")
-        branch = self._api.read(response).get("mainbranch")
-        if not branch:
-            raise self._api.empty()
-        return str(branch["name"])
+        raise self._api.empty()
 
     def _refusal(self, response: http.Response, doing: str) -> BackendError:
         return self._api.refusal(response.status_code, response.headers, response.content, doing)
@@ -192,15 +203,19 @@ class ServerRepository:
     async def commit_of(self, ref: str | None, path: str) -> str:
         # without until=, from the tip of the default branch
         params = {"limit": "1", **({"until": ref} if ref else {})}
-        response = await self._api.get(f"{self._at}/commits", params=params, conditional=True)
+
+        def newest(response: http.Response) -> str:
+            commits = self._api.read(response)["values"]
+            return self._api.sha(commits[0]["id"]) if commits else ""
+
+        response, sha = await self._api.find(f"{self._at}/commits", newest, params=params)
+        if sha:
+            return sha
         if response.status_code == 404:
             raise await self._missing(ref)
         if response.status_code != 200:
             raise self._refusal(response, f"reading {ref or 'the default branch'}")
-        commits = self._api.read(response)["values"]
-        if not commits:
-            raise self._api.empty()
-        return self._api.sha(commits[0]["id"])
+        raise self._api.empty()
 
     async def fetch(self, commit: str, file: File, target: Path, limit: int) -> int:
         at = f"{self._at}/raw/{quoted(file.path, '/')}"
@@ -221,6 +236,7 @@ class ServerRepository:
             response = await self._api.get(
                 f"{self._at}/files/{quoted(directory, '/')}",
                 params={"at": commit, "start": str(start), "limit": "1000"},
+                limit=http.BODY_LIMIT,
             )
             if response.status_code == 404:
                 raise no_file(self, f"{directory}/", commit)
@@ -236,7 +252,8 @@ class ServerRepository:
         at = f"{self._at}/browse/{quoted(path, '/')}"
         for attempt in (1, 2):
             tip = await self.commit_of(f"refs/heads/{branch}", path)
-            known = await self._api.get(f"{self._at}/raw/{quoted(path, '/')}", params={"at": tip})
+            raw = f"{self._at}/raw/{quoted(path, '/')}"
+            known = await self._api.get(raw, params={"at": tip}, limit=http.BODY_LIMIT)
             if known.status_code == 200 and known.content == content:
                 return
             before = {"sourceCommitId": tip} if known.status_code == 200 else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +17,12 @@ from flowagent.errors import BackendError, SecretError, StorageNotFoundError, St
 from flowagent.redaction import Redactor
 from flowagent_backends import answers
 from flowagent_backends.forges import RepositoryBackend, is_sha
+from flowagent_backends.remembered import Remembered
 
-MOST_REMEMBERED = 10_000
+LARGEST_ANSWER = 1 << 20
+"""Bytes of an answer that is neither a listing nor a file."""
+MOST_CLOSED = 500
+"""How many services, or tokens, are remembered to have been closed to us."""
 LONGEST_LIMIT = 24 * 3600.0
 """Seconds that a service is believed to be closed to us, whatever it says."""
 
@@ -143,10 +147,17 @@ class ForgeBackend(RepositoryBackend):
 
 @dataclass
 class Memory:
-    """What was learned from responses: their tags, for conditional requests, and limits that are used up."""
+    """What was learned from responses: tags and what they stand for, and limits that are used up."""
 
-    tags: dict[tuple[str | None, ...], tuple[str, http.Response]] = field(default_factory=dict)
+    answers: Remembered = field(default_factory=Remembered)
     closed: dict[tuple[str, str | None], tuple[float, str]] = field(default_factory=dict)
+
+    def close(self, who: tuple[str, str | None], until: float, why: str) -> None:
+        """Ask no more for this service and token ``until`` then."""
+        self.closed = {key: kept for key, kept in self.closed.items() if kept[0] > time.time()}
+        if len(self.closed) >= MOST_CLOSED:
+            del self.closed[next(iter(self.closed))]
+        self.closed[who] = until, why
 
 
 class Api:
@@ -160,29 +171,38 @@ class Api:
         self._memory = backend.memory
         self.headers: dict[str, str] = {}
 
-    async def get(
-        self, path: str, *, method: str = "GET", conditional: bool = False, **more: Any
-    ) -> http.Response:
-        """The response, whatever its status; a conditional one may be that of an earlier time, unchanged.
+    async def get(self, path: str, *, method: str = "GET", **more: Any) -> http.Response:
+        """The response, whatever its status.
 
-        :raises StorageTransientError: a limit is used up, or the service does not work now."""
-        key = (self.base, self.token.name, method, path, repr(more))
-        tag, before = self._memory.tags.get(key, ("", None))
-        headers = {**more.pop("headers", {}), **({"If-None-Match": tag} if conditional and tag else {})}
-        response = await http.send(self._backend.client, self._request(method, path, headers=headers, **more))
-        if response.status_code == 304 and before is not None:
-            return before
-        self._judge(response.status_code, response.headers, response.content)
-        if conditional and response.status_code == 200 and (tag := response.headers.get("etag", "")):
-            if len(self._memory.tags) >= MOST_REMEMBERED:
-                self._memory.tags.clear()
-            self._memory.tags[key] = tag, response
+        :raises StorageTransientError: a limit is used up, or the service does not work now.
+        :raises TooLargeError: it is larger than answers are; listings and files take another ``limit``."""
+        request = self._request(method, path, **{"limit": LARGEST_ANSWER, **more})
+        response = await http.send(self._backend.client, request)
+        if response.status_code != 304:
+            self._judge(response.status_code, response.headers, response.content)
         return response
+
+    async def find(
+        self, path: str, read: Callable[[http.Response], str], **more: Any
+    ) -> tuple[http.Response, str]:
+        """A response, and what ``read`` finds in one of success, in few words. That is all that is kept of it,
+        so that its service need only say the next time that nothing has changed. Raises as :meth:`get`."""
+        key = (self.base, self.token.name, path, more)
+        tag, before = self._memory.answers.get(key) or ("", "")
+        headers = {**more.get("headers", {}), **({"If-None-Match": tag} if tag else {})}
+        response = await self.get(path, **{**more, "headers": headers})
+        if response.status_code == 304:
+            return response, before
+        found = read(response) if response.status_code == 200 else ""
+        if found and (tag := response.headers.get("etag", "")):
+            self._memory.answers.put(key, tag, found)
+        return response, found
 
     async def write(self, method: str, path: str, **more: Any) -> http.Response:
         """The response to a change, whatever its status."""
         response = await http.send(
-            self._backend.client, self._request(method, path, repeatable=False, **more)
+            self._backend.client,
+            self._request(method, path, **{"repeatable": False, "limit": LARGEST_ANSWER, **more}),
         )
         self._judge(response.status_code, response.headers, response.content)
         return response
@@ -228,7 +248,7 @@ class Api:
         clock = datetime.fromtimestamp(until, UTC).strftime("%H:%M:%S UTC")
         hint = "wait, or ask less often" if self.token.name else f"wait, or {self.token.hint}"
         why = f"the rate limit for {self.token.who} is used up until {clock}; {hint}"
-        self._memory.closed[self.base, self.token.name] = until, why
+        self._memory.close((self.base, self.token.name), until, why)
         raise StorageTransientError(f"{self.what}: {why}")
 
     def refusal(self, status: int, headers: http.Headers, body: bytes, doing: str) -> BackendError:

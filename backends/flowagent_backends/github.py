@@ -49,13 +49,13 @@ class GitHubRepository:
 
     async def commit_of(self, ref: str | None, path: str) -> str:
         name = (ref or f"heads/{await self._default_branch()}").removeprefix("refs/")
-        response = await self._api.get(
+        response, sha = await self._api.find(
             f"{self._at}/commits/{quoted(name)}",
+            lambda response: self._api.sha(response.content.decode("ascii", "replace").strip()),
             headers={"Accept": "application/vnd.github.sha"},
-            conditional=True,
         )
-        if response.status_code == 200:
-            return self._api.sha(response.content.decode("ascii", "replace").strip())
+        if sha:
+            return sha
         if response.status_code == 409:
             raise self._api.empty()
         if response.status_code in (404, 422):
@@ -105,6 +105,7 @@ class GitHubRepository:
                 at,
                 params={"ref": branch} if branch else None,
                 headers={"Accept": "application/vnd.github.object+json"},
+                limit=http.BODY_LIMIT,
             )
             if response.status_code not in (200, 404):
                 raise self._refusal(response, f"reading {path}")
@@ -130,16 +131,20 @@ class GitHubRepository:
         raise self._refusal(response, f"committing {path}")
 
     async def _default_branch(self) -> str:
-        response = await self._api.get(self._at, conditional=True)
+        response, branch = await self._api.find(
+            self._at, lambda response: str(self._api.read(response).get("default_branch"))
+        )
+        if branch:
+            return branch
         if response.status_code == 404:
             raise self._api.hidden()
-        if response.status_code != 200:
-            raise self._refusal(response, "reading the repository")
-        return str(self._api.read(response).get("default_branch"))
+        raise self._refusal(response, "reading the repository")
 
     async def _tree(self, sha: str, *, recursive: bool = False) -> list[dict[str, Any]]:
         response = await self._api.get(
-            f"{self._at}/git/trees/{sha}", params={"recursive": "1"} if recursive else None
+            f"{self._at}/git/trees/{sha}",
+            params={"recursive": "1"} if recursive else None,
+            limit=http.BODY_LIMIT,
         )
         if response.status_code != 200:
             raise self._refusal(response, f"listing {sha[:12]}")

@@ -52,17 +52,20 @@ class GitLabRepository:
         self._at = f"/projects/{quoted(name)}"
 
     async def commit_of(self, ref: str | None, path: str) -> str:
-        response = await self._head(path, ref)
+        response, sha = await self._api.find(
+            self._file(path),
+            lambda response: self._api.sha(response.headers.get("x-gitlab-commit-id")),
+            method="HEAD",
+            params={"ref": ref or "HEAD"},
+        )
+        if sha:
+            return sha
         if response.status_code == 404:
             raise await self._missing(path, ref)
-        if response.status_code != 200:
-            raise self._refusal(response, f"reading {path}")
-        return self._api.sha(response.headers.get("x-gitlab-commit-id"))
+        raise self._refusal(response, f"reading {path}")
 
     async def fetch(self, commit: str, file: File, target: Path, limit: int) -> int:
-        got = await self._api.download(
-            f"{self._at}/repository/files/{quoted(file.path)}/raw", target, limit, params={"ref": commit}
-        )
+        got = await self._api.download(f"{self._file(file.path)}/raw", target, limit, params={"ref": commit})
         if got.status == 404:
             raise await self._missing(file.path, commit)
         if got.status != 200:
@@ -78,7 +81,9 @@ class GitLabRepository:
         pages = forges.Pages(self.what, directory)
         while True:
             pages.ask(params.get("page_token", ""))
-            response = await self._api.get(f"{self._at}/repository/tree", params=params)
+            response = await self._api.get(
+                f"{self._at}/repository/tree", params=params, limit=http.BODY_LIMIT
+            )
             if response.status_code == 404:
                 raise no_file(self, f"{directory}/", commit)
             if response.status_code != 200:
@@ -104,7 +109,7 @@ class GitLabRepository:
         change = {"branch": branch, "commit_message": message, "encoding": "base64"}
         change["content"] = base64.b64encode(content).decode()
         for attempt in (1, 2):
-            found = await self._head(path, branch)
+            found = await self._api.get(self._file(path), method="HEAD", params={"ref": branch})
             if found.status_code not in (200, 404):
                 raise self._refusal(found, f"reading {path}")
             known = found.status_code == 200
@@ -113,7 +118,7 @@ class GitLabRepository:
             last = {"last_commit_id": found.headers["x-gitlab-last-commit-id"]} if known else {}
             response = await self._api.write(
                 "PUT" if known else "POST",
-                f"{self._at}/repository/files/{quoted(path)}",
+                self._file(path),
                 content=json.dumps({**change, **last}).encode(),
                 headers={"Content-Type": "application/json"},
             )
@@ -123,13 +128,8 @@ class GitLabRepository:
                 break
         raise self._refusal(response, f"committing {path} to {branch}")
 
-    async def _head(self, path: str, ref: str | None) -> http.Response:
-        return await self._api.get(
-            f"{self._at}/repository/files/{quoted(path)}",
-            method="HEAD",
-            params={"ref": ref or "HEAD"},
-            conditional=True,
-        )
+    def _file(self, path: str) -> str:
+        return f"{self._at}/repository/files/{quoted(path)}"
 
     async def _default_branch(self) -> str:
         response = await self._api.get(self._at)

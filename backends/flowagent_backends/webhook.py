@@ -10,7 +10,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -23,7 +23,8 @@ from flowagent.errors import BackendError, SecretError, StorageNotFoundError, St
 from flowagent.models import Json
 from flowagent_backends import artifacts, declared
 from flowagent_backends.code_only import CodeOnly
-from flowagent_backends.forge_api import MOST_REMEMBERED, basic, said
+from flowagent_backends.forge_api import basic, said
+from flowagent_backends.remembered import Remembered
 from flowagent_backends.turns import Turns
 
 SCRIPT = "flow.py"
@@ -35,14 +36,6 @@ _TEMPLATE = re.compile(r"\$(?:\$|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 _OURS = "FLOWAGENT_"
 _HARMLESS = ("accept", "content-", "user-agent")
 """Beginnings of the names of headers that may go along to another host."""
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a service gave, and the header that asks whether it has changed."""
-
-    sha256: str
-    condition: tuple[str, str] | None
 
 
 class WebhookBackend(CodeOnly):
@@ -59,7 +52,8 @@ class WebhookBackend(CodeOnly):
         self._context = context
         self._http: http.AsyncClient | None = None
         self._turns: Turns[str] = Turns()
-        self._answers: dict[str, _Answer] = {}
+        self._answers = Remembered()
+        """By place, what a service gave, and the header that asks whether it has changed."""
         self._scripts: OrderedDict[tuple[str, str], bytes] = OrderedDict()
 
     async def resolve(self, storage: Mapping[str, Json]) -> Revision:
@@ -89,7 +83,7 @@ class WebhookBackend(CodeOnly):
             return
         place, sha256 = _place(storage), revision.id.removeprefix("sha256:")
         if (place, sha256) not in self._scripts:
-            self._answers.pop(place, None)  # or it would only say that it is the same
+            self._answers.forget(place)  # or it would only say that it is the same
             await self._script(storage, place)
         script = self._scripts.get((place, sha256))
         if script is None:
@@ -136,24 +130,24 @@ class WebhookBackend(CodeOnly):
     async def _script(self, storage: Mapping[str, Json], place: str) -> str:
         """The digest of the script that is there now."""
         arguments, method = storage["get_flow_request_kwargs"], storage["get_flow_request_http_method"]
-        known = self._answers.get(place)
+        known, *asks = self._answers.get(place) or ("", "", "")
         conditional = {"if-none-match", "if-modified-since"} & {
             key.lower() for key in arguments.get("headers", ())
         }
-        condition = known.condition if known and method == "GET" and not conditional else None
+        condition = (asks[0], asks[1]) if known and method == "GET" and not conditional else None
         limit = min(LARGEST_SCRIPT, self._context.max_source)
         request = self._request(
             "get_flow_request_kwargs", arguments, method, condition=condition, limit=limit
         )
         response = await http.send(self._client, request)
-        if response.status_code == 304 and known is not None and condition is not None:
-            return known.sha256
+        if response.status_code == 304 and condition is not None:
+            return known
         if response.status_code != 200:
             raise _refusal(arguments, response.status_code, self._said(arguments, response.content))
         sha256 = hashlib.sha256(response.content).hexdigest()
-        if len(self._answers) >= MOST_REMEMBERED:
-            self._answers.clear()
-        self._answers[place] = _Answer(sha256, _condition(response.headers))
+        self._answers.forget(place)
+        if given := _condition(response.headers):
+            self._answers.put(place, sha256, *given)
         self._keep((place, sha256), response.content)
         return sha256
 

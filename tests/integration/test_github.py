@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,29 @@ class TestGitHub(TokenCases):
         assert len(conditional) == 4
         second = case.git.commit({"x": "y"})
         assert (await case.backend.resolve(case.storage())).id == second
+
+    async def test_little_is_kept_of_answers(self, case: Case) -> None:
+        """A service says how large they are, and a flow how many."""
+        assert isinstance(case.backend, GitHubBackend)
+        pad = "x" * 900_000
+        for number in range(30):
+            said = server.Answer(200, {"default_branch": "trunk", "pad": pad}, {"ETag": f'"{number}"'})
+            case.stand_in.fail(said, lambda asked: asked.path == "/repos/acme/flows")
+            assert (await case.backend.resolve(case.storage())).id == case.first
+        assert case.backend.memory.answers.bytes < 2000
+        case.stand_in.fail(server.Answer(200, b"x" * (1 << 21), {"ETag": '"x"'}))
+        with pytest.raises(BackendError, match="sends more than 1048576 bytes; that is not taken") as refused:
+            await case.backend.resolve(case.storage())
+        one_line(case, refused.value)
+
+    async def test_limits_of_many_are_forgotten(self, case: Case) -> None:
+        assert isinstance(case.backend, GitHubBackend)
+        memory = case.backend.memory
+        memory.close(("old", None), time.time() - 1, "it is over")
+        for number in range(1000):
+            memory.close((f"https://{number}.example", None), time.time() + 60, "it is closed")
+        assert len(memory.closed) == 500
+        assert ("https://999.example", None) in memory.closed
 
     async def test_what_is_asked(self, case: Case, tmp_path: Path) -> None:
         case.give_token("read")
