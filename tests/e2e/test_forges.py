@@ -4,6 +4,7 @@ agent that reaches stand-ins of the public services by their public names."""
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -303,3 +304,29 @@ def _holds(path: Path, text: str) -> bool:
         return path.is_file() and text.encode() in path.read_bytes()
     except OSError:
         return False
+
+
+def test_a_webhook_keeps_a_bundle(world: World) -> None:
+    """The files that ``include=`` names go with the script, in one request."""
+    site = world.site
+    dropbox = world.hosts["content.dropboxapi.com"]
+    assert isinstance(dropbox, webhooks.Dropbox)
+    text = WEBHOOK.replace('"dropbox-flow"', '"bundled"').replace("dropbox-flow.flow", "bundled.tar")
+    text = text.replace('_method="POST",\n    )', '_method="POST", include=["*.sql", "helpers/"])')
+    text += "from helpers.greetings import greeting\n" + TASK.replace('"with", texts', "greeting, texts")
+    site.write("bundled/b.sql", "select 2")
+    site.write("bundled/a.sql", "select 1")
+    site.write("bundled/helpers/__init__.py", "")
+    site.write("bundled/helpers/greetings.py", "greeting = 'good day'")
+    script = site.write("bundled/flow.py", text)
+    assert "registered bundled version 1" in site.command("register", script).stdout
+    assert "bundled is unchanged" in site.command("register", script).stdout
+    shutil.rmtree(script.parent)
+    assert "as flow.py of source good day ['select 1', 'select 2']" in site.watch("bundled")
+    assert world.result("bundled") == "{'read': ['select 1', 'select 2']}\n"
+    assert world.revision().startswith("sha256:")
+    stored = "/Apps/prefect-test-app/bundled.tar"
+    before = dropbox.kept[stored]
+    dropbox.kept[stored] = before.replace(b"select 1", b"drop all")
+    site.command("cache", "prune")
+    assert "it was changed since: register the flow again" in site.watch("bundled", code=3)

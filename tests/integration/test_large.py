@@ -6,10 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from benches import Bench
+from tests.forges import server, webhooks
+
+from flowagent.models import Json
+from flowagent.results import LocalResult
+from flowagent.storage import Local, Webhook
 
 MEASURED = """
 import hashlib, json, os, resource, sys
@@ -44,14 +50,14 @@ async def main():
             seen[-1][2] += amount
 
     backends = Backends(BackendContext(home, "host1", progress=Progress))
-    backend = backends.get(storage["type"])
+    backend, keeper = backends.get(storage["type"]), backends.get(result["storage"])
     small = home / "small"
     small.write_bytes(b"x")
-    reference = await backend.put(result, "small", small)
-    await backend.get(reference, small)
+    reference = await keeper.put(result, "small", small)
+    await keeper.get(reference, small)
     before = peak()
-    reference = await backend.put(result, "large", file)
-    await backend.get(reference, home / "got")
+    reference = await keeper.put(result, "large", file)
+    await keeper.get(reference, home / "got")
     results = peak() - before
     archive = bundles.pack(home / "flow.py", [file.name], home / "bundle")
     artifact = Artifact("f", "bundle", path=archive.path, sha256=archive.sha256, entry=archive.entry)
@@ -68,6 +74,7 @@ async def main():
 
 anyio.run(main)
 """
+NAME = "large.bin"
 ROOM = 100 << 20
 """Bytes that buffers, threads and fragmentation may take, whatever the size: parts of 8 MiB, some at once."""
 
@@ -76,20 +83,47 @@ ROOM = 100 << 20
     "size", [300 << 20, pytest.param(1 << 30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_memory_stays_flat(bench: Bench, size: int) -> None:
-    home = bench.home
-    script = home / "flow.py"
-    script.write_text("x = 1\n")
-    file = home / "large.bin"
+    # not through the gate, which keeps bodies
+    environment = bench._environment(bench.url)
+    grown = measure(
+        bench.home, size, bench.result().to_json(), bench.storage(include=[NAME]).to_json(), environment
+    )
+    assert grown < ROOM
+
+
+@pytest.mark.parametrize("kind", ["Local", "Webhook"])
+def test_memory_stays_flat_where_results_are_local(kind: str, home: Path) -> None:
+    """What is sent and fetched in one piece, which needs no room for parts."""
+    size = 150 << 20
+    with server.serving(webhooks.Shelf()) as url:
+        arguments = {"url": f"{url}/flow"}
+        declared = (
+            Local(home / "flows", include=[NAME])
+            if kind == "Local"
+            else Webhook(arguments, "PUT", arguments, "GET", include=[NAME])
+        )
+        grown = measure(home, size, LocalResult().to_json(), declared.to_json())
+    assert grown < ROOM / 2
+
+
+def measure(
+    home: Path,
+    size: int,
+    result: Mapping[str, Json],
+    storage: Mapping[str, Json],
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """By how many bytes the peak of a process's memory grows that keeps a result of this size, reads it again,
+    and stores and fetches a bundle that it is in."""
+    (home / "flow.py").write_text("x = 1\n")
+    file = home / NAME
     block = os.urandom(1 << 20)
     with file.open("wb") as target:
         for number in range(size >> 20):
             target.write(number.to_bytes(8, "big") + block[8:])
-    result = json.dumps(bench.result().to_json())
-    storage = json.dumps(bench.storage(include=[file.name]).to_json())
-    environment = {**os.environ, **bench._environment(bench.url)}  # not through the gate, which keeps bodies
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(home), str(file), result, storage],
-        env=environment,
+        [sys.executable, "-c", MEASURED, str(home), str(file), json.dumps(result), json.dumps(storage)],
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=800,
@@ -98,9 +132,9 @@ def test_memory_stays_flat(bench: Bench, size: int) -> None:
     measured = json.loads(done.stdout)
     assert measured["unpacked"] == measured["sha256"]
     assert all(measured["progress"])
-    print(f"{bench.kind}: {measured['results'] >> 20} and {measured['grown'] >> 20} MiB")
-    assert measured["grown"] < ROOM
+    print(f"{storage['type']}: {measured['results'] >> 20} and {measured['grown'] >> 20} MiB")
     for path in (home / "got", file):
         path.unlink()
     subprocess.run(["rm", "-rf", str(home / "cache")], check=True)
     assert not Path(home / "cache").exists()
+    return int(measured["grown"])
