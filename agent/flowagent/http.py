@@ -29,6 +29,7 @@ import anyio
 import httpcore  # httpx' own transport: what a connection that was taken over raises
 import httpx
 from aiofiles.threadpool.binary import AsyncBufferedIOBase
+from anyio.lowlevel import checkpoint
 from httpx import AsyncClient, Headers, Response
 
 import flowagent
@@ -258,7 +259,7 @@ async def download(
         digest, size = hashlib.sha256(), 0
         try:
             async with written(file) as target:
-                async for chunk in _decoded(request, response):
+                async for chunk in _decoded(request, response, request.limit):
                     size += len(chunk)
                     if size > request.limit:
                         size -= len(chunk)
@@ -538,15 +539,16 @@ class _Paced(httpx.AsyncByteStream):
 
 async def _body(request: Request, response: Response, limit: int) -> bytes:
     body = bytearray()
-    async for chunk in _decoded(request, response):
+    async for chunk in _decoded(request, response, limit):
         body += chunk
         if len(body) > limit:
             raise _too_much(None, request)
     return bytes(body)
 
 
-async def _decoded(request: Request, response: Response) -> AsyncIterator[bytes]:
-    """The body in pieces of at most a chunk, however much it unpacks to, and whole, or an error."""
+async def _decoded(request: Request, response: Response, limit: int) -> AsyncIterator[bytes]:
+    """The body in pieces of at most a chunk, however much it unpacks to, and whole, or an error. Who reads
+    them counts them; ``limit`` is for what unpacks to less than it takes to send."""
     coding = response.headers.get("content-encoding", "").strip().lower()
     if coding in ("", "identity"):
         async for chunk in response.aiter_raw(CHUNK):
@@ -557,12 +559,22 @@ async def _decoded(request: Request, response: Response) -> AsyncIterator[bytes]
     if request.method == "HEAD" or response.status_code in (204, 304):
         return
     decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either format, by its header
+    came = 0
     try:
         async for chunk in response.aiter_raw(CHUNK):
-            full = True
-            while (chunk or full) and not decoder.eof:
+            came += len(chunk)
+            if came > limit + CHUNK:
+                raise _too_much(None, request)
+            full = False
+            while chunk or full:
+                if decoder.eof:  # there is more: another member (RFC 1952, section 2.2), or what has no place
+                    if coding == "deflate":
+                        raise httpx.DecodingError("more follows after its end")
+                    decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
+                    await checkpoint()  # there may be many, with nothing in them
                 piece = decoder.decompress(chunk, CHUNK)
-                chunk, full = decoder.unconsumed_tail, len(piece) == CHUNK
+                chunk = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
+                full = len(piece) == CHUNK and not decoder.eof
                 if piece:
                     yield piece
     except zlib.error as error:

@@ -185,7 +185,7 @@ class Api:
     async def find(
         self, path: str, read: Callable[[http.Response], str], **more: Any
     ) -> tuple[http.Response, str]:
-        """A response, and what ``read`` finds in one of success, in few words. That is all that is kept of it,
+        """A response, and what ``read`` finds in one of success, in few words. That is all that is kept,
         so that its service need only say the next time that nothing has changed. Raises as :meth:`get`."""
         key = (self.base, self.token.name, path, more)
         tag, before = self._memory.answers.get(key) or ("", "")

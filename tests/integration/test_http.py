@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import socket
 import ssl
 import tracemalloc
@@ -19,6 +20,7 @@ import anyio
 import pytest
 import trustme
 from anyio.abc import SocketAttribute, SocketStream
+from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSListener
 
 import flowagent
@@ -293,6 +295,45 @@ async def test_a_compressed_body_is_unpacked(client: http.AsyncClient, coding: s
         assert b"accept-encoding: gzip, deflate\r\n" in peer.asked[0].lower()
 
 
+@pytest.mark.parametrize("size", [1, 7, 1 << 18, 300_000])
+async def test_a_compressed_body_of_several_members(
+    client: http.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """RFC 1952, section 2.2: they follow one another, and are one content."""
+    texts = [b"first half\n", b"", os.urandom(size), b"x" * (1 << 18), b"", b"second half\n"]
+    packed = b"".join(map(gzip.compress, texts))
+    for chunk in (1 << 18, 100):
+        monkeypatch.setattr(http, "CHUNK", chunk)
+        async with serving(status("200 OK", "Content-Encoding: gzip", body=packed)) as peer:
+            assert (await http.send(client, get(peer.url))).content == b"".join(texts)
+            got = await http.download(client, get(peer.url), tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == b"".join(texts)
+        assert got.size == sum(map(len, texts))
+
+
+async def test_members_with_nothing_in_them(client: http.AsyncClient) -> None:
+    """They cost who sends them more than us, and let others do their work."""
+    packed = gzip.compress(b"") * 30_000
+    turns = 0
+
+    async def work() -> None:
+        nonlocal turns
+        while True:
+            await checkpoint()
+            turns += 1
+
+    async with (
+        serving(status("200 OK", "Content-Encoding: gzip", body=packed)) as peer,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(work)
+        assert (await http.send(client, get(peer.url))).content == b""
+        assert turns >= 30_000
+        with pytest.raises(BackendError, match="sends more than 100000 bytes"):
+            await http.send(client, get(peer.url, limit=100_000))
+        group.cancel_scope.cancel()
+
+
 async def test_a_decompression_bomb_takes_no_memory(client: http.AsyncClient, tmp_path: Path) -> None:
     bomb = gzip.compress(bytes(256 << 20), 9)
     assert len(bomb) < 300_000
@@ -314,6 +355,12 @@ async def test_a_decompression_bomb_takes_no_memory(client: http.AsyncClient, tm
     [
         ("gzip", gzip.compress(b"x" * 1000)[:-9], "its body ended too early"),
         ("gzip", b"this is not gzip", "cannot be decoded"),
+        ("gzip", gzip.compress(b"x" * 1000) + gzip.compress(b"y" * 1000)[:-9], "its body ended too early"),
+        ("gzip", gzip.compress(b"x" * 1000) + b"\x1f", "its body ended too early"),
+        ("gzip", gzip.compress(b"x" * 1000) + b"junk", "cannot be decoded"),
+        ("gzip", gzip.compress(b"x" * 1000) + bytes(512), "cannot be decoded"),
+        ("deflate", zlib.compress(b"x" * 1000) + b"junk", "more follows after its end"),
+        ("deflate", zlib.compress(b"x") + zlib.compress(b"y"), "more follows after its end"),
         ("br", b"whatever", "encoded as 'br', which was not asked for"),
     ],
 )
