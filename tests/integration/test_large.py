@@ -113,8 +113,8 @@ def measure(
     storage: Mapping[str, Json],
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """By how many bytes the peak of a process's memory grows that keeps a result of this size, reads it again,
-    and stores and fetches a bundle that it is in."""
+    """By how many bytes the peak of a process's memory grows that keeps a result of this size, reads it
+    again, and stores and fetches a bundle that it is in."""
     (home / "flow.py").write_text("x = 1\n")
     file = home / NAME
     block = os.urandom(1 << 20)
