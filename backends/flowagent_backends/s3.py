@@ -34,7 +34,7 @@ CHUNK = 1 << 18
 ATTEMPTS = 3
 """At a download that breaks off; what happens before its first byte is repeated by botocore."""
 AT_A_TIME = 3
-"""Parts of an upload. Each takes three times its size: as it is, as it is sent, and as it waits in a buffer."""
+"""Parts of an upload. By the client's copies, each was seen to take about three times its size."""
 BACKOFF = 0.2
 TOO_MANY = 429
 BUSY = frozenset({TOO_MANY, 500, 502, 503, 504})
