@@ -123,9 +123,15 @@ def test_health_is_served_at_a_socket_of_any_length(site: Site) -> None:
 
 @pytest.mark.parametrize("address", ["192.0.2.1:80", "no-such-host.invalid:80", "/no/such/directory/x"])
 def test_an_address_that_cannot_be_had_is_an_error(site: Site, address: str) -> None:
-    done = site.command("start", "--health-address", address, code=1)
+    done = site.command("start", "--health-address", address, code=2)
     assert done.stderr.startswith(f"Error: cannot listen at {address}: "), done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def ask(host: str, port: str, request: bytes) -> bytes:
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(request)
+        return b"".join(iter(lambda: client.recv(4096), b""))
 
 
 def test_hostile_requests_do_no_harm(site: Site) -> None:
@@ -138,6 +144,8 @@ def test_hostile_requests_do_no_harm(site: Site) -> None:
         b"POST /status HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n" + b"x" * 100_000,
         b"GET /status.json?\xff HTTP/1.1\r\nHost: x\r\n\r\n",
         b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+        b"HEAD /none HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"HEAD / HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n" + b"x" * 100_000,
     ):
         with socket.create_connection((host, int(port)), timeout=20) as client:
             answer = b""
@@ -148,6 +156,13 @@ def test_hostile_requests_do_no_harm(site: Site) -> None:
             except ConnectionError:
                 pass  # it was not willing to hear it all
         assert answer == b"" or answer.startswith(b"HTTP/1.1 4"), answer
+    for headers in ("text/plain; version=..", "application/openmetrics-text; version=1.x", "\xff;q=é"):
+        request = f"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: {headers}\r\n\r\n".encode("latin-1")
+        assert ask(host, port, request).startswith(b"HTTP/1.1 200 ")
+    for path in ("/livez", "/metrics", "/status"):
+        answer = ask(host, port, f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\n")
+        assert b"Content-Length: 0" not in answer  # it is the one of the body that a GET has
     held = [socket.create_connection((host, int(port)), timeout=20) for _ in range(100)]
     assert get(f"{url}/livez")[0] == 200  # whoever only holds connections open does not keep others out
     for each in held:

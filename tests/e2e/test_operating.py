@@ -9,6 +9,7 @@ import os
 import signal
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -73,6 +74,23 @@ def test_a_wrong_configuration_is_refused_and_the_old_one_stays(site: Site) -> N
     configure(site, labels=["b"], hooks="/no/such/directory")
     agent.send_signal(signal.SIGHUP)
     until(lambda: "the hooks in /no/such/directory cannot be read" in site.log(agent))
+    site.wait_for(site.submit("sleeper", "--label", "a"))
+
+
+def test_so_is_one_that_came_before_the_store_was_there(site: Site) -> None:
+    site.command("flows")
+    configure(site, labels=["a"])
+    with closing(sqlite3.connect(site.home / "flowagent.db", isolation_level=None)) as store:
+        store.execute("PRAGMA locking_mode = EXCLUSIVE")
+        store.execute("BEGIN EXCLUSIVE")
+        agent = site.start("--config", str(site.root / "agent.toml"), wait=False)
+        until(lambda: "the store does not answer yet" in site.log(agent))
+        configure(site, labels=["b"], hooks="/no/such/directory")
+        agent.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+    until(lambda: said(site, "started"))
+    assert until(lambda: said(site, "not reloaded: the configuration is wrong, the old one stays"))
+    site.command("register", site.write("sleeper.py", SLEEPER))
     site.wait_for(site.submit("sleeper", "--label", "a"))
 
 

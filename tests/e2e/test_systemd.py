@@ -85,7 +85,15 @@ def test_a_user_installs_a_unit_of_their_own(site: Site, tmp_path: Path) -> None
     (program,) = re.findall(r"^ExecStart=(\S+) start$", unit.read_text(), re.MULTILINE)
     assert Path(program).name == "flowagent" and verify(unit) == ""
     assert (site.home / "config.toml").read_text() == '[agent]\nlabels = ["a", "b"]\n'
+    assert (
+        f'Environment="FLOWAGENT_HOME={site.home}"\n' in unit.read_text()
+    )  # not where units look by default
     assert "kept " in site.command("systemd", "install", "--user", "-l", "c").stdout
+    odd = tmp_path / '100% of"it.toml'
+    odd.touch()
+    site.command("--config", odd, "systemd", "install", "--user")
+    assert f'Environment="FLOWAGENT_CONFIG={tmp_path}/100%% of\\"it.toml"\n' in unit.read_text()
+    assert verify(unit) == ""
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,17 @@ def _for_all(program: str, labels: Sequence[str], name: str | None, root: Path) 
 
 def _for_user(program: str, labels: Sequence[str], session: Session) -> list[str]:
     base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    _write(base / "systemd/user/flowagent.service", _unit("user/flowagent.service", program))
-    config = session.settings().home / "config.toml"
+    settings = session.settings()
+    config = settings.config or settings.home / "config.toml"
+    unit = _unit("user/flowagent.service", program)
+    variables = (
+        {} if settings.home == Path("~/.flowagent").expanduser() else {"FLOWAGENT_HOME": settings.home}
+    )
+    if settings.config is not None:
+        variables["FLOWAGENT_CONFIG"] = settings.config
+    for name, path in variables.items():
+        unit = unit.replace("\nExecStart=", f"\nEnvironment={_quoted(f'{name}={path}')}\nExecStart=", 1)
+    _write(base / "systemd/user/flowagent.service", unit)
     _configure(config, labels)
     return [
         "systemctl --user daemon-reload",
@@ -95,6 +104,11 @@ def _for_user(program: str, labels: Sequence[str], session: Session) -> list[str
         "journalctl --user -u flowagent -f",
         f"settings: {config}; after a change: systemctl --user reload flowagent",
     ]
+
+
+def _quoted(text: str) -> str:
+    """One word of a unit file, as it is."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
 
 
 def _configure(path: Path, labels: Iterable[str]) -> None:

@@ -22,7 +22,8 @@ class Control:
         self._key = key
 
     async def answer(self, request: Request) -> Response:
-        if not hmac.compare_digest(request.headers.get("authorization", ""), f"Bearer {self._key}"):
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
             return text("the key is missing or wrong\n", 403)
         if request.path != "/drain":
             return await self._health.answer(request)
@@ -33,7 +34,7 @@ class Control:
             deadline = asked.get("deadline")
             if deadline is not None:
                 deadline = max(0.0, float(deadline))
-        except (ValueError, AttributeError, TypeError):
+        except (ValueError, AttributeError, TypeError, RecursionError):
             return text('the body is to be {"deadline": SECONDS}\n', 400)
         waiting = len(self._agent.attempts)
         self._agent.drain(deadline)

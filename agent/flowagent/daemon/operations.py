@@ -72,7 +72,7 @@ class Operations:
                 where = self._listening.getsockname()
                 address = where if isinstance(where, str) else f"{where[0]}:{where[1]}"
                 self._log.info("health and metrics are served", address=address)
-                tasks.start_soon(Server(self._listening, self._health.answer).run)
+                tasks.start_soon(Server(self._listening, self._health.answer, self._log).run)
             if self._metrics is not None:
                 tasks.start_soon(self.pulse.measure, self._metrics.loop_lag.observe)
             elif self.manager.watchdog is not None:
@@ -101,7 +101,7 @@ class Operations:
             if self._health is None:
                 self._health = Health(self.pulse, self.tally)
                 self._health.agent = agent
-            self._serving = Server(server, Control(self._health, agent, key).answer)
+            self._serving = Server(server, Control(self._health, agent, key).answer, self._log)
             await self._serving.run()
 
     async def answered(self) -> None:

@@ -34,7 +34,7 @@ class Service:
         self._settings = read()
         self._log = make_log(self._settings.log_format, self._settings.log_level)
         self._agent: Agent | None = None
-        self._early: Settings | None = None  # read again while the store was away
+        self._early = False  # whether to read the settings again while the store was away
         self._opening = anyio.CancelScope()
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
 
@@ -60,8 +60,8 @@ class Service:
         try:
             agent = Agent(self._settings, store, self._log, runs_once=self._once, operations=operations)
             self._agent = agent
-            if self._early is not None:
-                agent.reload(self._early, self._log)
+            if self._early:
+                self._reload(operations)
             await agent.run()
         finally:
             with anyio.CancelScope(shield=True):
@@ -104,7 +104,7 @@ class Service:
             return
         self._log = log
         if self._agent is None:
-            self._early = settings
+            self._early = True
             operations.manager.status("waiting for the store")
             return
         if waiting:

@@ -17,6 +17,9 @@ from urllib.parse import parse_qs, urlsplit
 import anyio
 import h11
 
+from flowagent.daemon.log import Log
+from flowagent.errors import one_line
+
 MAX_HEADERS = 16 << 10
 MAX_BODY = 16 << 10
 """Bytes of a request."""
@@ -56,9 +59,10 @@ Answer = Callable[[Request], Awaitable[Response]]
 class Server:
     """Answers on a listening socket, which it closes at its end."""
 
-    def __init__(self, server: socket.socket, answer: Answer) -> None:
+    def __init__(self, server: socket.socket, answer: Answer, log: Log) -> None:
         self._server = server
         self._answer = answer
+        self._log = log
         self._open: dict[socket.socket, anyio.CancelScope] = {}  # oldest first
 
     @property
@@ -87,19 +91,29 @@ class Server:
 
     async def _converse(self, connection: socket.socket) -> None:
         try:
-            with connection, suppress(OSError, TimeoutError), self._open[connection]:
+            with connection, suppress(OSError, TimeoutError, h11.ProtocolError), self._open[connection]:
                 await self._exchange(connection)
         finally:
             del self._open[connection]
 
+    async def _respond(self, request: Request) -> Response:
+        """Whatever a request makes of what answers it, the agent lives on."""
+        try:
+            return await self._answer(request)
+        except Exception as error:
+            self._log.exception("a request could not be answered", path=one_line(request.path))
+            return text(f"{type(error).__name__}: see the agent's log\n", 500)
+
     async def _exchange(self, connection: socket.socket) -> None:
         state = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADERS)
+        bodiless = False
         try:
             with anyio.fail_after(PATIENCE):
                 request = await _receive(connection, state)
             if request is None:
                 return
-            response = await self._answer(request)
+            bodiless = request.method == "HEAD"
+            response = await self._respond(request)
         except h11.RemoteProtocolError as error:
             if state.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 return
@@ -112,7 +126,7 @@ class Server:
         ]
         pieces = (
             h11.Response(status_code=response.status, headers=headers),
-            h11.Data(data=response.body),
+            h11.Data(data=b"" if bodiless else response.body),
             h11.EndOfMessage(),
         )
         data = b"".join(state.send(piece) or b"" for piece in pieces)
