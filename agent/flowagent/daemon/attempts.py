@@ -95,6 +95,9 @@ class Attempt:
         self.ended = False
         self._executed = executed
         self._plan: dict[str, Json] | None = None  # as handed over, if it was by this process
+        self._secrets: Mapping[
+            str, str
+        ] = {}  # of those that the flow declares, the values, once they were read
         self._preparing = anyio.CancelScope()
         self._log = services.log.bind(run_id=run.id, attempt=number, flow=spec.name)
 
@@ -201,14 +204,15 @@ class Attempt:
         """Have it executed; the runner's handle of it."""
         services = self._services
         rights = services.runner.admit(self._spec.run_config)
-        values = services.secrets.get_many(self._spec.secrets)
+        self._secrets = values = services.secrets.get_many(self._spec.secrets)
         self._enter(journeys.RESOLVE)
         revision = await self._resolve()
         self._enter(journeys.MATERIALISE)
         with await self._hold(revision) as source:
             if services.hooks:
                 where = {"source": str(source.directory), "sandbox": rights["sandbox"]}
-                await services.hooks.run(BEFORE_RUN, self._facts(revision=revision.id, **where))
+                told = self._facts(revision=revision.id, **where)
+                await services.hooks.run(BEFORE_RUN, told, values.values())
             self._enter(journeys.START)
             order = self._order(revision, source, values)
             self._plan = services.runner.furnish(order, {**self._planned(revision), **rights})
@@ -253,7 +257,7 @@ class Attempt:
         storage = self._spec.storage
         backend = self._services.backends.get(storage["type"])
         if self._services.hooks:
-            backend = self._services.hooks.around(backend, self._facts())
+            backend = self._services.hooks.around(backend, self._facts(), self._secrets.values())
         return await self._services.sources.hold(backend, storage, revision)
 
     def _order(self, revision: Revision, source: Source, values: Mapping[str, str]) -> Order:
@@ -340,9 +344,8 @@ class Attempt:
 
     def _shipper(self, keeper: Keeper, start: int) -> Shipper:
         services = self._services
-        values: Mapping[str, str] = {}
         try:
-            values = services.secrets.get_many(self._spec.secrets)
+            self._secrets = services.secrets.get_many(self._spec.secrets)
         except FlowagentError as error:
             self._log.warning("secrets are gone: the output cannot be redacted", error=str(error))
         return Shipper(
@@ -352,7 +355,7 @@ class Attempt:
             self.run_id,
             self.number,
             self._spec,
-            Redactor(values.values()),
+            Redactor(self._secrets.values()),
             self._log,
             start,
             self._restored,
@@ -426,7 +429,7 @@ class Attempt:
             told = facts.of_end(run, self._spec, self.number, outcome)
             if run.state.terminal:
                 services.notices.add(told)
-            await services.hooks.tell(AFTER_RUN, told)
+            await services.hooks.tell(AFTER_RUN, told, self._secrets.values())
 
 
 def lost(held: Mapping[tuple[str, int], Held], attempts: Mapping[tuple[str, int], Attempt]) -> list[Attempt]:

@@ -12,18 +12,19 @@ import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import anyio
 from anyio.abc import Process
 
 from flowagent.backend import Backend, Revision
 from flowagent.daemon.log import Log
-from flowagent.errors import HookError
+from flowagent.errors import HookError, one_line
 from flowagent.models import Json
+from flowagent.redaction import Redactor
 from flowagent.secrets import PREFIX as SECRETS
 
 BEFORE_SOURCE, AFTER_SOURCE = "before-source", "after-source"
@@ -32,7 +33,9 @@ EVENTS = (BEFORE_SOURCE, AFTER_SOURCE, BEFORE_RUN, AFTER_RUN)
 TRY_AGAIN = 75
 """The exit code (EX_TEMPFAIL) by which a hook says that another attempt may be welcome."""
 LAST_WORDS = 500
-"""Characters of its output that are kept of a hook."""
+"""Characters of its output that end up in a run's reason and in the log."""
+PIECE, KEPT = 16 << 10, 64 << 10
+"""Bytes of its output that are read at a time; of its end, in which they are looked for."""
 
 
 class Hooks:
@@ -57,23 +60,25 @@ class Hooks:
         if others := others.difference(path.name for path in hooks):
             self._log.warning("no hooks, by their names", programs=sorted(others), events=EVENTS)
 
-    async def run(self, event: str, facts: Mapping[str, Json]) -> None:
-        """Run the hooks of an event. :raises HookError: one refuses, fails, or takes too long."""
+    async def run(self, event: str, facts: Mapping[str, Json], secrets: Collection[str] = ()) -> None:
+        """Run the hooks of an event. ``secrets``: values that their last words are not to have in them.
+
+        :raises HookError: one refuses, fails, or takes too long."""
         if self._directory is None:
             return
         for path in self._programs(self._directory, event):
-            await self._run(path, event, facts)
+            await self._run(path, event, facts, secrets)
 
-    async def tell(self, event: str, facts: Mapping[str, Json]) -> None:
+    async def tell(self, event: str, facts: Mapping[str, Json], secrets: Collection[str] = ()) -> None:
         """The same where nothing can be refused any more."""
         try:
-            await self.run(event, facts)
+            await self.run(event, facts, secrets)
         except HookError as error:
             self._log.warning("a hook failed", hook_event=event, run_id=facts.get("run"), error=str(error))
 
-    def around(self, backend: Backend, facts: Mapping[str, Json]) -> Backend:
+    def around(self, backend: Backend, facts: Mapping[str, Json], secrets: Collection[str] = ()) -> Backend:
         """A backend whose sources are materialised between hooks; the backend itself where there are none."""
-        return _Hooked(self, backend, facts) if self._directory is not None else backend
+        return _Hooked(self, backend, facts, secrets) if self._directory is not None else backend
 
     # -- one hook --------------------------------------------------------------------------------------
 
@@ -93,15 +98,15 @@ class Hooks:
             ) from error
         return found
 
-    async def _run(self, path: Path, event: str, facts: Mapping[str, Json]) -> None:
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+    async def _run(self, path: Path, event: str, facts: Mapping[str, Json], secrets: Collection[str]) -> None:
+        with tempfile.TemporaryFile() as given, _Output(secrets) as said:
             given.write(json.dumps({"event": event, **facts}).encode())
             given.seek(0)
             try:
                 process = await anyio.open_process(
                     [path],
                     stdin=given,
-                    stdout=said,
+                    stdout=said.writing,
                     stderr=subprocess.STDOUT,
                     cwd="/",
                     env=_environment(event, facts),
@@ -111,8 +116,11 @@ class Hooks:
                 raise HookError(
                     f"the hook {path} cannot be started: {error.strerror}; make it executable, or remove it"
                 ) from error
-            code = await self._wait(process)
-            words = _last_words(said)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(said.read)
+                code = await self._wait(process)
+                tasks.cancel_scope.cancel()
+            words = said.last_words()
         self._log.debug("a hook has run", hook=str(path), code=code, run_id=facts.get("run"))
         if code is None:
             raise HookError(f"the hook {path} took longer than {self._timeout:g} s, and was killed")
@@ -134,20 +142,70 @@ class Hooks:
                     await process.wait()
 
 
+class _Output:
+    """What a hook says: read while it runs, so that it is never held up, and only its end is kept."""
+
+    def __init__(self, secrets: Collection[str]) -> None:
+        self._redactor = Redactor(secrets)
+        self._kept = b""
+        self._reading, writing = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._reading, False)
+        self.writing: BinaryIO = open(writing, "wb", buffering=0)  # noqa: SIM115 - closed by read, or on leaving
+        """For the hook."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writing.close()
+        os.close(self._reading)
+
+    async def read(self) -> None:
+        """Read until cancelled, or until nobody can write any more."""
+        self.writing.close()
+        while True:
+            await anyio.wait_readable(self._reading)
+            if not self._read():
+                return
+
+    def last_words(self) -> str:
+        """The last line that says something, without secrets, and nothing that a terminal obeys.
+
+        The hook has ended; what it has left running may still write, and nobody waits for that."""
+        self.writing.close()
+        for _ in range(KEPT // PIECE):
+            if not self._read():
+                break
+        said = (self._kept + self._redactor.feed(b"", final=True)[0])[-KEPT:].decode(errors="replace")
+        return next(filter(None, (one_line(line, LAST_WORDS) for line in reversed(said.split("\n")))), "")
+
+    def _read(self) -> bool:
+        """Take what is there; whether there was any."""
+        try:
+            data = os.read(self._reading, PIECE)
+        except BlockingIOError:
+            return False
+        self._kept = (self._kept + self._redactor.feed(data)[0])[-KEPT:]
+        return bool(data)
+
+
 class _Hooked:
     """A backend with hooks around its sources. What is refused afterwards is not published."""
 
-    def __init__(self, hooks: Hooks, backend: Backend, facts: Mapping[str, Json]) -> None:
+    def __init__(
+        self, hooks: Hooks, backend: Backend, facts: Mapping[str, Json], secrets: Collection[str]
+    ) -> None:
         self.type = backend.type
         self._hooks = hooks
         self._backend = backend
         self._facts = facts
+        self._secrets = secrets
 
     async def materialise(self, storage: Mapping[str, Json], revision: Revision, directory: Path) -> None:
         facts = {**self._facts, "revision": revision.id, "source": str(directory)}
-        await self._hooks.run(BEFORE_SOURCE, facts)
+        await self._hooks.run(BEFORE_SOURCE, facts, self._secrets)
         await self._backend.materialise(storage, revision, directory)
-        await self._hooks.run(AFTER_SOURCE, facts)
+        await self._hooks.run(AFTER_SOURCE, facts, self._secrets)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -176,10 +234,3 @@ def _environment(event: str, facts: Mapping[str, Json]) -> dict[str, str]:
         if isinstance(value, (str, int)) and "\0" not in str(value):
             found[f"HOOK_{name.upper()}"] = str(value)
     return found
-
-
-def _last_words(file: BinaryIO) -> str:
-    end = file.seek(0, os.SEEK_END)
-    file.seek(max(0, end - 4 * LAST_WORDS))
-    lines = file.read().decode(errors="replace").split("\n")
-    return " ".join(next((line for line in reversed(lines) if line.strip()), "").split())[:LAST_WORDS]
