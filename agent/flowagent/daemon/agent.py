@@ -120,6 +120,8 @@ class Agent:
         self._announce_soon = anyio.Event()
         self._room = anyio.Event()
         self._warm = anyio.Event()
+        self._not_claimed: str | None = None
+        self._not_renewed: str | None = None
         self._busy_until = time.monotonic()  # when the last attempt ended
         self._stops = 0
         self._drain_for: float | None = None  # seconds; None: as the settings say
@@ -146,6 +148,12 @@ class Agent:
     def left(self) -> bool:
         """Whether it was told to go and leave its runs to their supervisors."""
         return self._leaving.is_set()
+
+    @property
+    def store_trouble(self) -> str | None:
+        """Why the newest claim, or renewal, failed; None: it did not. A store may answer questions all the
+        while, as one does that somebody else has locked for writing."""
+        return self._not_claimed or self._not_renewed
 
     @property
     def condition(self) -> str:
@@ -310,6 +318,7 @@ class Agent:
                         pause = self._until(taken.next_due)
                     except StoreError as error:
                         self.tally.claims_failed += 1
+                        self._not_claimed = str(error)
                         self.log.warning("cannot claim", error=str(error))
                         pause = self._settings.poll
                 if self._settings.idle_exit is not None:
@@ -348,6 +357,7 @@ class Agent:
             asked, when = boottime(), time.time()
             with self._pulse.during("claiming runs"):
                 claims = await self.store.claim(self.info, free, self._settings.lease)
+            self._not_claimed = self._not_renewed = None
             self.tally.claimed += len(claims)
             for claim in claims:
                 journey = self._operations.watchers.begin(claim.run, claim.attempt, claim.spec, when)
@@ -419,6 +429,7 @@ class Agent:
                     await self._services.runner.tend()
             except StoreError as error:
                 self.tally.renewals_failed += 1
+                self._not_renewed = str(error)
                 self.log.warning("leases were not renewed", error=str(error), attempts=len(self._attempts))
 
     async def _listen_for_cancels(self) -> None:
@@ -438,6 +449,7 @@ class Agent:
                 leases = await self.store.renew(self.info.name, self._settings.lease)
             held = {(lease.run_id, lease.attempt): lease for lease in leases}
             self.tally.renewals += 1
+            self._not_renewed = None
         if held.keys() - known:
             # Another host's agent may have taken the name while this one slept: then they are not ours.
             await self.store.announce(replace(self.info, stopping=self._stopping.is_set()))

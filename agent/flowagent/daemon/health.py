@@ -75,9 +75,10 @@ class Health:
         if agent is None or not agent.ready.is_set():
             return [Check("started", "it has not come up yet")]
         stopping = "it is stopping" if agent.stopping else None
+        store = await _answers("store", agent.store.ping)
         return [
             Check("claiming", stopping),
-            await _answers("store", agent.store.ping),
+            store if agent.store_trouble is None else Check("store", agent.store_trouble),
             await _answers("launcher", agent.check_launcher),
             Check("disk", agent.disk.low),
         ]
