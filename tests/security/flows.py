@@ -6,8 +6,10 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import probes
@@ -49,10 +51,19 @@ def earlier(marker: str) -> None:
     """A run before the others, by the same supervisor; and the one whose secrets are looked for."""
 
 
+def _greet(server: socket.socket) -> None:
+    while True:
+        server.accept()[0].sendall(b"hello")
+
+
 @flow(secrets=["TOKEN"])
 def victim(marker: str) -> None:
     with open("diary", "w") as file:
         file.write("private")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.getcwd() + "/socket")
+        server.listen()
+        threading.Thread(target=_greet, args=[server.dup()], daemon=True).start()
     subprocess.Popen(["sleep", "600"])
     print("PROBE " + json.dumps({"victim": os.getcwd()}), flush=True)
     time.sleep(600)

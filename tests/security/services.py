@@ -51,6 +51,11 @@ def serve(uid: int, abstract: str) -> None:
         ("/run/dbus/system_bus_socket", 0o666),
         (f"/run/user/{uid}/bus", 0o600),
         ("/run/postgresql/.s.PGSQL.5432", 0o777),
+        ("/run/some-service/socket", 0o666),
+        ("/run/allowed/socket", 0o666),
+        ("/run/nscd/socket", 0o666),
+        ("/run/systemd/resolve/io.systemd.Resolve", 0o666),
+        ("/run/systemd/journal/stdout", 0o666),
         ("/tmp/known-agent/agent.1", 0o600),
         ("/tmp/ssh-unknown/agent.2", 0o600),
         (f"/tmp/tmux-{uid}/default", 0o600),
@@ -62,6 +67,9 @@ def serve(uid: int, abstract: str) -> None:
     os.makedirs("/run/systemd", exist_ok=True)
     notify.bind("/run/systemd/notify")
     os.chown("/run/systemd/notify", uid, uid)
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    control.bind("/run/some-service/control")
+    os.chown("/run/some-service/control", uid, uid)
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind(("127.0.0.1", 0))
     threading.Thread(target=greet_datagrams, args=[udp], daemon=True).start()
@@ -92,6 +100,7 @@ def serve(uid: int, abstract: str) -> None:
     print(json.dumps(said), flush=True)
     sys.stdin.readline()  # the agent is there now
     listen("/run/podman/podman.sock", uid, 0o660)
+    listen("/run/late-service/socket", uid, 0o666)
     print("late", flush=True)
     select.select([sys.stdin], [], [])  # until the test is done
     while sys.stdin.read(1):

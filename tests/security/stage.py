@@ -194,6 +194,8 @@ class Stage(Outlook):
         command += [
             "--allow-write",
             str(self.shared),
+            "--allow-read",
+            "/run/allowed",
             "--name",
             AGENT_NAME,
             "--grace",

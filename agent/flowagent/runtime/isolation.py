@@ -2,15 +2,16 @@
 
 Landlock does not see chmod, nor connecting to a unix socket; and what is left in ``/dev/shm`` or as System V
 objects outlives its process. In a mount namespace in which everything but the run's own directory is
-read-only and the sockets that mean power over the machine are covered, and in an IPC namespace, all of that
-is gone, with the run's last process. It takes about half a millisecond, by root's rights or in a user
-namespace.
+read-only and the sockets of services are covered, and in an IPC namespace, all of that is gone, with the
+run's last process. It takes about half a millisecond, by root's rights or in a user namespace, and 10 µs more
+for each socket.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -37,15 +38,35 @@ SOCKETS = (
     "/run/systemd/io.system.ManagedOOM",
     "/run/user",
     "/tmp/.X11-unix",  # noqa: S108
+    "/run/fail2ban",
+    "/run/k3s",
+    "/run/udev/control",
     "/var/lib/incus",
     "/var/lib/lxd",
     "/var/snap/lxd",
 )
-"""Where services listen that do what they are asked for by this user, outside of any sandbox."""
+"""Where services listen that do what they are asked for by this user, outside of any sandbox. Others are
+found by :class:`Bound`; these may have bound another name than the one that they are reached by, or be those
+of another network namespace, as that of the host is to a container."""
 OF_USERS = (".ssh", ".gnupg", ".docker/run", ".docker/desktop")
 """The same below the home of the agent's user: connections that ssh keeps open, agents, engines."""
 TEMPORARY = ("/tmp/tmux-{uid}", "/tmp/ssh-*")  # noqa: S108
 """The same, by pattern: terminals that can be typed into, and ssh's agents."""
+BOUND = "/proc/net/unix"
+OF_EVERYBODY = (
+    "/run/systemd/journal/dev-log",
+    "/run/systemd/journal/socket",
+    "/run/systemd/journal/stdout",
+    "/run/systemd/userdb",
+)
+"""Never covered, unless they are named above: they take a line of the log, or tell the name of a user."""
+OF_NAMES = (
+    "/run/avahi-daemon/socket",
+    "/run/nscd/socket",
+    "/run/systemd/resolve/io.systemd.Resolve",
+    "/var/lib/sss/pipes/nss",
+)
+"""Who looks up hosts, on the network; not covered for flows that have one."""
 SHARED_MEMORY, TERMINALS = "/dev/shm", "/dev/pts"  # noqa: S108
 
 
@@ -63,6 +84,26 @@ def covered(environ: dict[str, str] | os._Environ[str]) -> list[str]:
     return sorted({os.path.realpath(path) for path in found})
 
 
+class Bound:
+    """The sockets of this network namespace that are bound to a path, whoever's they are."""
+
+    def __init__(self) -> None:
+        self._places: dict[bytes, str] = {}
+
+    def look(self) -> Iterable[str]:
+        """Where they are now; none if the kernel does not say. A path may be another's, or gone.
+
+        It takes some 100 µs on a machine with 300 sockets, and 20 µs for each that was not there before."""
+        try:
+            with open(BOUND, "rb") as file:
+                found = re.findall(rb" (/(?!proc/).*)", file.read())  # below /proc/self/fd it would be ours
+        except OSError:
+            found = []
+        known = self._places
+        self._places = {name: known.get(name) or os.path.realpath(os.fsdecode(name)) for name in found}
+        return self._places.values()
+
+
 def isolate(
     directory: str,
     writable: Sequence[str],
@@ -72,7 +113,7 @@ def isolate(
 ) -> None:
     """Have mounts and IPC of this process' own: all read-only but ``directory``, ``writable`` and a new,
     empty ``/dev/shm`` of at most ``memory`` bytes; with terminals of its own, and with nothing behind the
-    paths ``covered``: /dev/null, or the directory ``empty`` where they are directories.
+    paths ``covered``: /dev/null in place of sockets, and the directory ``empty`` in place of directories.
 
     :raises OSError: the kernel or its configuration does not allow it."""
     uid, gid = os.geteuid(), os.getegid()
@@ -93,13 +134,14 @@ def isolate(
         linux.mount(path, path, None, linux.MS_BIND | linux.MS_REC)
     for path in covered:
         try:
-            directory_there = stat.S_ISDIR(os.lstat(path).st_mode)
+            mode = os.lstat(path).st_mode
         except OSError:
             continue
-        if directory_there:
-            linux.mount(empty, path, None, linux.MS_BIND)  # half the cost of a file system of its own
-        else:
-            linux.mount("/dev/null", path, None, linux.MS_BIND)
+        with suppress(FileNotFoundError):  # it is gone since
+            if stat.S_ISDIR(mode):
+                linux.mount(empty, path, None, linux.MS_BIND)  # half the cost of a file system of its own
+            elif stat.S_ISSOCK(mode):
+                linux.mount("/dev/null", path, None, linux.MS_BIND)
     linux.set_read_only("/", True)
     for path in kept:
         linux.set_read_only(path, False)

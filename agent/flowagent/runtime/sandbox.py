@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -150,6 +151,10 @@ def gaps(level: str, rules: Rules) -> list[str]:
             f"no mounts and IPC of a run's own ({why}): flows can change modes of files of their user, reach "
             "sockets of services and leave files in /dev/shm"
         )
+    if level != PROCESS and not os.access(isolation.BOUND, os.R_OK):
+        found.append(
+            f"services listen where {isolation.BOUND}, which cannot be read, would say: flows reach them"
+        )
     if not seccomp.available():
         found.append("no seccomp filter for this processor")
     for controller, what in ((cgroups.MEMORY, "memory"), (cgroups.PIDS, "processes")):
@@ -181,15 +186,20 @@ class Sandbox:
             *(landlock.rule_for(path, WRITE_DEVICE) for path in landlock.devices()),
         ]
         self._ruleset: landlock.Ruleset | None = None
+        self._bound = isolation.Bound()
         self._filters = seccomp.programs(self.abi >= landlock.TRUNCATE_SINCE) if seccomp.available() else {}
 
     def refresh(self) -> None:
         """Before each fork: what has changed in the file system since."""
+        if self._isolates:
+            self._bound.look()  # so that each run has to look up only what is new
         if self.abi:
             self._readable.refresh()
 
     def make_ready(self) -> None:
         """In a process that will confine itself later: what does not depend on the run."""
+        if self._isolates:
+            self._bound.look()  # again with a run; what it touches of memory makes the first time slow
         if self.abi:
             self._readable.refresh()
             with suppress(OSError):  # tried again when there is a run, whose reason then says why
@@ -214,6 +224,7 @@ class Sandbox:
         if isolated:
             granted = (*grants["read"], *grants["write"])
             covered = [path for path in self.rules.covered if not _opened(path, granted)]
+            covered += self._services((*granted, run.path), grants["network"] is not False)
             isolation.isolate(run.work, grants["write"], covered, self.rules.empty, limit.memory)
         if level != NAMESPACE:
             self._change_user()
@@ -243,6 +254,22 @@ class Sandbox:
         """What has to be done before a process enters namespaces in which it will :meth:`confine` itself."""
         self._limit(limit)
         self._change_user()
+        hidden = [*credentials.places(), *self.rules.denied, *self.rules.covered, self.rules.home]
+        # Whether the run has the network is not known here; where it has, names are looked up by DNS itself.
+        found = [path for path in self._services(hidden, names=False) if _is_socket(path)]
+        self.rules = self.rules._replace(covered=(*self.rules.covered, *found))
+
+    def _services(self, left_alone: Sequence[str], names: bool) -> set[str]:
+        """What is to be covered because somebody listens there now, but at or below ``left_alone``; of other
+        runs their whole directories. ``names``: leave those alone, too, who look up hosts."""
+        runs = self.rules.runs + "/"
+        alone = (*left_alone, *isolation.OF_EVERYBODY, *(isolation.OF_NAMES if names else ()))
+        below = tuple(path + "/" for path in alone)
+        found = set() if names else set(isolation.OF_NAMES)
+        for path in self._bound.look():
+            if path not in alone and not path.startswith(below):
+                found.add(runs + path[len(runs) :].partition("/")[0] if path.startswith(runs) else path)
+        return found
 
     def _limit(self, limit: limits.Limits) -> None:
         # Forked from one that is not dumpable; that would hide this process' own /proc entries from itself.
@@ -322,6 +349,13 @@ def grant(rules: Rules, asked: Mapping[str, Any]) -> dict[str, Any]:
 def _opened(path: str, granted: Sequence[str]) -> bool:
     """Whether a path, or something below it, was granted."""
     return any(each == path or each.startswith(path + "/") for each in granted)
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _hidden(rules: Rules, path: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 from . import World, probe
 
@@ -23,8 +24,10 @@ def _tcp(port: int, protocol: int = 0) -> bool:
         return client.recv(5) == b"hello"
 
 
-def _none(title: str, **more: str) -> Callable[[Callable[[World], bool]], Callable[[World], bool]]:
-    return probe("network=False: " + title, "BBB", **more)  # type: ignore[arg-type]
+def _none(
+    title: str, expected: str = "BBB", why: str = "", everywhere: bool = True
+) -> Callable[[Callable[[World], bool]], Callable[[World], bool]]:
+    return probe("network=False: " + title, expected, why=why, everywhere=everywhere)
 
 
 def _ports(
@@ -88,6 +91,20 @@ def none_other_families(world: World) -> bool:
     if not made:
         raise problem
     return True
+
+
+@_none(
+    "names of hosts, by asking nscd or systemd-resolved on their sockets",
+    expected="VBB",
+    why="only a higher level covers sockets",
+)
+def none_names(world: World) -> bool:
+    reached = []
+    for path in ("/run/nscd/socket", "/run/systemd/resolve/io.systemd.Resolve"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            reached.append(client.recv(5) == b"hello")
+    return any(reached)
 
 
 @_ports("that port", "AAA", why="it was asked for, and level landlock or better is used then")

@@ -76,14 +76,55 @@ def abstract_socket(world: World) -> bool:
     return _connects("\0" + world.abstract)
 
 
-@probe(
-    "a service at another path",
-    "VVV",
-    why="Landlock does not see the connecting to sockets before Linux 7; databases are used so. "
-    "Who authenticates by the user of the peer lets flows in: use --run-as or passwords",
-)
+@probe("a service at any other path, such as a database's", "VBB", why=SAME_USER)
 def other_service(world: World) -> bool:
     return _connects("/run/postgresql/.s.PGSQL.5432")
+
+
+@probe("a service at any other path that was started after the agent", "VBB", why=SAME_USER)
+def late_service(world: World) -> bool:
+    return _connects("/run/late-service/socket")
+
+
+@probe(
+    "a service that takes datagrams, at any other path",
+    "VBB",
+    run_as="BBB",
+    why=SAME_USER,
+)
+def datagrams(world: World) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.connect("/run/some-service/control")
+        return client.send(b"probe") > 0
+
+
+@probe("what another run listens on", "VBB", why=SAME_USER)
+def socket_of_another_run(world: World) -> bool:
+    directory = os.open(world.victim_directory + "/work", os.O_PATH)
+    return _connects(f"/proc/self/fd/{directory}/socket")
+
+
+@probe(
+    "a service in a directory that the operator allowed to be read",
+    "AAA",
+    why="--allow-read or --allow-write, of the socket or a directory above",
+)
+def allowed_service(world: World) -> bool:
+    return _connects("/run/allowed/socket")
+
+
+@probe(
+    "who looks up names of hosts: nscd, systemd-resolved",
+    "AAB",
+    why="the network needs names; what cannot ask there, asks by DNS itself",
+)
+def looking_up_names(world: World) -> bool:
+    return _connects("/run/nscd/socket") and _connects("/run/systemd/resolve/io.systemd.Resolve")
+
+
+@probe("the log of the system: journald and syslog", "AAA", why="a line of text, which the log signs")
+def logging(world: World) -> bool:
+    return _connects("/run/systemd/journal/stdout")
 
 
 def _talks_to_a_launcher(path: str) -> dict[str, object]:
