@@ -218,9 +218,32 @@ def test_sources_may_be_kept_elsewhere(tmp_path: Path) -> None:
         ("env", {"A": "https://hunter2@h/x http://u:hunter2@h"}, {"A": "https://***@h/x http://***@h"}),
         ("env", {"A": "ssh://git@h/x"}, {"A": "ssh://git@h/x"}),
         ("env", {"A": "http://h:80/x@1?token=hunter2"}, {"A": "http://h:80/x@1?token=***"}),
+        ("store", "postgresql://h/d?pass%77ord=hunter2&x=1", "postgresql://h/d?pass%77ord=***&x=1"),
+        ("engine", "tcp://u:hunter2@h:2375", "tcp://u:***@h:2375"),
+        ("registry_allow", ("https://u:hunter2@reg/x", "reg:5000/y"), ["https://***@reg/x", "reg:5000/y"]),
+        ("env", {"HDR": "Authorization: Bearer hunter2"}, {"HDR": "Authorization: ***"}),
+        ("env", {"HDR": "curl -H 'X-Api-Key: hunter2' x"}, {"HDR": "curl -H 'X-Api-Key: ***' x"}),
+        ("env", {"HDR": "Bearer hunter2, more"}, {"HDR": "Bearer ***, more"}),
+        ("env", {"J": '{"password": "hunter2", "a": [1]}'}, {"J": '{"password": "***", "a": [1]}'}),
+        ("env", {"J": '[{"auths": {"x": {"y": "hunter2"}}}]'}, {"J": '[{"auths": "***"}]'}),
+        ("env", {"J": """x={'password': 'hun"ter2', 'a': 1}"""}, {"J": "x={'password': ***, 'a': 1}"}),
+        ("env", {"J": 'x "{\\"password\\": \\"hunter2\\"}"'}, {"J": 'x "{\\"password\\": ***}"'}),
+        ("env", {"SAS": "https://h/c?sv=1&sig=hunter2&se=2"}, {"SAS": "https://h/c?sv=1&sig=***&se=2"}),
+        ("env", {"A": "x=1 y=token=hunter2 password = hunter2"}, {"A": "x=1 y=token=*** password = ***"}),
+        ("env", {"A": 'design=1 PGPASSWORD="hunter 2"'}, {"A": "design=1 PGPASSWORD=***"}),
+        ("token_hosts", ("auth.example.com:8443",), ["auth.example.com:8443"]),
+        ("volumes", ("/etc/keys:/keys:ro",), ["/etc/keys:/keys:ro"]),
+        ("notify_key", "HOOK_KEY", "HOOK_KEY"),
+        ("ssh", {"h": {"key": "/k", "known_hosts": ["h x"]}}, {"h": {"key": "/k", "known_hosts": ["h x"]}}),
+        ("max", {"memory": 5, "disk": None}, {"memory": 5, "disk": None}),
         ("labels", ("a", "b"), ["a", "b"]),
         ("limit", 3, 3),
     ],
 )
 def test_secrets_are_masked(key: str, value: Any, shown: Any) -> None:
     assert masked(key, value) == shown
+
+
+def test_long_texts_are_masked_in_no_time() -> None:
+    for text in ("a=" * 50_000, "x" * 100_000, '{"a' * 30_000, "a:b@" * 30_000, "key: " * 20_000):
+        masked("image", text)

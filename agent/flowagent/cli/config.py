@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import click
 
@@ -14,11 +16,19 @@ from flowagent.cli import output
 from flowagent.cli.session import Command, Session, json_option, pass_session
 
 MASK = "***"
-_WORDS = "pass|secret|token|key|credential|auth|pwd"
-SECRETIVE = re.compile(_WORDS, re.IGNORECASE)
+SECRETIVE = re.compile(
+    r"pass|secret|token|key|credential|auth|pwd|signature|(?<![a-z])sig(?![a-z])", re.IGNORECASE
+)
 """Names whose values are not shown."""
-_PAIR = re.compile(rf"([\w.-]*(?:{_WORDS})[\w.-]*)=('(?:\\.|[^'\\])*'|[^&\s]*)", re.IGNORECASE)
-_URL = re.compile(r"([a-z][a-z0-9+.-]*://)(\S+)", re.IGNORECASE)
+_QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+_URL = re.compile(r"([a-z][a-z0-9+.-]{0,40}://)(\S+)", re.IGNORECASE)
+_PAIR = re.compile(r"(?<![\w.%+-])([\w.%+-]+)\s*=\s*")
+_PAIR_VALUE = re.compile(rf"{_QUOTED}|[^&\s]*")
+_MEMBER = re.compile(r"""(?<=["'])([\w.-]+)\\*["']\s*:\s*""")
+_MEMBER_VALUE = re.compile(rf"{_QUOTED}|[^,}}\]]*")
+_HEADER = re.compile(r"(?<![\w-])([\w-]+):[ \t]+")
+_HEADER_VALUE = re.compile(r"""[^\n"']*""")
+_SCHEME = re.compile(r"\b(bearer|basic)\s+[^\s\"',;]+", re.IGNORECASE)
 
 
 @click.group()
@@ -55,23 +65,50 @@ def show(session: Session, as_json: bool) -> None:
 
 def masked(key: str, value: Any) -> Any:
     """A setting as it may be shown, in what JSON knows."""
-    if key == "store":
-        return mask_text(value)
     if key == "notify" and value is not None:
         parts = urlsplit(value)  # the path of a webhook is what it is known by
         return f"{parts.scheme}://{parts.netloc}/{MASK}"
-    if key == "env":
-        return {name: MASK if SECRETIVE.search(name) else mask_text(text) for name, text in value.items()}
+    return _masked_json(value) if key == "env" else _masked(value)
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str):
+        return mask_text(value)
     if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, tuple):
-        return [str(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+        return {name: _masked(item) for name, item in value.items()}
+    return [_masked(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _masked_json(value: Any) -> Any:
+    """The same, where names say which values are secret."""
+    if isinstance(value, Mapping):
+        return {name: MASK if SECRETIVE.search(name) else _masked_json(item) for name, item in value.items()}
+    return [_masked_json(item) for item in value] if isinstance(value, list) else _masked(value)
 
 
 def mask_text(text: str) -> str:
-    """A text without the passwords and tokens of the URLs and of the ``NAME=VALUE`` pairs in it."""
-    return _PAIR.sub(rf"\1={MASK}", _URL.sub(_without_login, text))
+    """A text without what looks secret in it: in URLs, in ``NAME=VALUE`` pairs, in headers and in JSON."""
+    if text.lstrip().startswith(("{", "[")):
+        with suppress(ValueError, RecursionError):
+            return json.dumps(_masked_json(json.loads(text)), ensure_ascii=False)
+    text = _SCHEME.sub(rf"\1 {MASK}", _URL.sub(_without_login, text))
+    for name, value in ((_PAIR, _PAIR_VALUE), (_MEMBER, _MEMBER_VALUE), (_HEADER, _HEADER_VALUE)):
+        text = _mask_values(text, name, value)
+    return text
+
+
+def _mask_values(text: str, name: re.Pattern[str], value: re.Pattern[str]) -> str:
+    """Mask what follows names that say that it is secret. Names in URLs may be percent-encoded."""
+    shown, position = [], 0
+    while (found := name.search(text, position)) is not None:
+        shown.append(text[position : found.end()])
+        position = found.end()
+        if SECRETIVE.search(unquote(found[1])) and (hidden := value.match(text, position)) is not None:
+            shown.append(MASK)
+            position = hidden.end()
+    return "".join(shown) + text[position:]
 
 
 def _without_login(url: re.Match[str]) -> str:
