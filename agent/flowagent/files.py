@@ -1,16 +1,21 @@
-"""Files that are either whole or not there, whatever happens while they are written."""
+"""Files that are either whole or not there, whatever happens while they are written; and files that nobody
+else can have written."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 PIECE = 1 << 20
 """How many bytes are read or written at a time."""
+MOST_LINKS = 40
+"""Symbolic links on the way to a file, as the kernel has it."""
 
 
 def publish(
@@ -61,3 +66,40 @@ def read(file: int) -> Iterable[bytes]:
     """The bytes of an open file from where it stands, a piece at a time."""
     while piece := os.read(file, PIECE):
         yield piece
+
+
+def changeable(place: str) -> bool:
+    """Whether others than root and this user may change a file, a link, or what is there already in a
+    directory. :raises OSError: it cannot be looked at."""
+    status = os.lstat(place)
+    link, directory = stat.S_ISLNK(status.st_mode), stat.S_ISDIR(status.st_mode)
+    others = not link and status.st_mode & 0o022 and not (directory and status.st_mode & stat.S_ISVTX)
+    return status.st_uid not in (0, os.geteuid()) or bool(others)
+
+
+def way(path: str) -> Iterator[str]:
+    """All that is looked at when a path is opened: directories, links, and what they lead to.
+
+    :raises OSError: there are too many links."""
+    place, links = "/", 0
+    names = os.path.abspath(path).split("/")[::-1]
+    yield place
+    while names:
+        name = names.pop()
+        if name in ("", "."):
+            continue
+        if name == "..":
+            place = os.path.dirname(place)
+            continue
+        here = os.path.join(place, name)
+        yield here
+        if not os.path.islink(here):
+            place = here
+            continue
+        links += 1
+        if links > MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        target = os.readlink(here)
+        names += target.split("/")[::-1]
+        if target.startswith("/"):
+            place = "/"

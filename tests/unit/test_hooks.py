@@ -87,7 +87,70 @@ async def test_what_a_hook_leaves_running_is_not_waited_for(tmp_path: Path) -> N
 async def test_hooks_leave_no_descriptor_open(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     await refusal(tmp_path, "echo no")
-    (tmp_path / "hooks" / BEFORE_RUN).write_text("#!/no/such/interpreter\n")
-    with pytest.raises(HookError):
+    (tmp_path / "hooks" / BEFORE_RUN).write_bytes(b"\x7fELF\0")
+    with pytest.raises(HookError, match="before-run cannot be started: Exec format error; mend it"):
         await hooks(tmp_path / "hooks").run(BEFORE_RUN, FACTS)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- what is refused before a run is -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("echo hello\n", "is no program: its first line has to name what executes it, such as #!/bin/sh"),
+        ("", "is no program"),
+        ("#!/bin/sh\r\nexit\r\n", r"names '/bin/sh\\r' in its first line, which is no program here"),
+        ("#! /no/such/python -u\n", "names '/no/such/python' in its first line"),
+        ("#!\n", "names '' in its first line"),
+    ],
+)
+async def test_a_text_that_nothing_executes_is_refused(tmp_path: Path, text: str, why: str) -> None:
+    hook = executable(tmp_path / "hooks" / "after-run.x", text)
+    with pytest.raises(HookError, match=why):
+        hooks(hook.parent).check()
+
+
+async def test_programs_are_not_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "hooks"
+    executable(directory / "before-run", "#!/usr/bin/env sh\n")
+    executable(directory / "before-run.1", "#!\t/bin/sh -e\nexit 0\n")
+    (directory / "before-run.2").symlink_to("/bin/true")
+    hooks(directory).check()
+    await hooks(directory).run(BEFORE_RUN, FACTS)
+
+
+async def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "hooks"
+    (directory / BEFORE_RUN).mkdir(parents=True)
+    with pytest.raises(HookError, match="before-run is no file; remove it, or name it otherwise"):
+        hooks(directory).check()
+    (directory / BEFORE_RUN).rmdir()
+    (directory / BEFORE_RUN).symlink_to("nowhere")
+    with pytest.raises(HookError, match="before-run cannot be used: No such file or directory; remove it"):
+        hooks(directory).check()
+
+
+async def test_nobody_else_may_be_able_to_put_hooks_there(tmp_path: Path) -> None:
+    open_to_all = tmp_path / "open"
+    hook = executable(make(open_to_all / "hooks") / BEFORE_RUN, "#!/bin/sh\n")
+    hooks(hook.parent).check()
+    open_to_all.chmod(0o777)
+    with pytest.raises(
+        HookError, match=rf"others .* may change {open_to_all}; run: chmod go-w {open_to_all},"
+    ):
+        hooks(hook.parent).check()
+    (tmp_path / "link").symlink_to(hook.parent)
+    with pytest.raises(HookError, match=rf"may change {open_to_all}; run"):
+        hooks(tmp_path / "link").check()
+    open_to_all.chmod(0o1777)  # as /tmp: what is there stays its owner's
+    hooks(tmp_path / "link").check()
+    hook.parent.chmod(0o1777)
+    with pytest.raises(HookError, match=rf"may add some; run: chmod go-w {hook.parent}"):
+        hooks(hook.parent).check()
+
+
+def make(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    return directory

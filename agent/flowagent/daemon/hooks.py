@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import stat
 import subprocess
 import tempfile
 from collections.abc import Collection, Mapping
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO, Self
 import anyio
 from anyio.abc import Process
 
+from flowagent import files
 from flowagent.backend import Backend, Revision
 from flowagent.daemon.log import Log
 from flowagent.errors import HookError, one_line
@@ -84,18 +84,18 @@ class Hooks:
 
     def _programs(self, directory: Path, event: str) -> list[Path]:
         try:
-            _check(directory)
+            _check_directory(directory)
             found = sorted(
                 path
                 for path in directory.iterdir()
                 if path.name == event or path.name.startswith(f"{event}.")
             )
-            for path in found:
-                _check(path)
         except OSError as error:
             raise HookError(
                 f"the hooks in {directory} cannot be read: {error.strerror}; see --hooks"
             ) from error
+        for path in found:
+            _check_program(path)
         return found
 
     async def _run(self, path: Path, event: str, facts: Mapping[str, Json], secrets: Collection[str]) -> None:
@@ -114,7 +114,7 @@ class Hooks:
                 )
             except OSError as error:
                 raise HookError(
-                    f"the hook {path} cannot be started: {error.strerror}; make it executable, or remove it"
+                    f"the hook {path} cannot be started: {error.strerror}; mend it, or remove it"
                 ) from error
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(said.read)
@@ -211,16 +211,56 @@ class _Hooked:
         return getattr(self._backend, name)
 
 
-def _check(path: Path) -> None:
-    """:raises HookError: others than root and this user may have written it."""
-    status = path.stat()
-    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+def _check_directory(directory: Path) -> None:
+    """:raises HookError: others than root and this user may put something into it, or in its place."""
+    _check_way(f"the hooks in {directory} are", directory)
+    if directory.stat().st_mode & 0o022:  # also where all may only add files: each would be a hook
         raise HookError(
-            f"the hook {path} is refused: others than root and the agent's user may change it; "
-            f"run: chmod go-w {path}"
+            f"the hooks in {directory} are refused: others than root and the agent's user may add some; "
+            f"run: chmod go-w {directory}"
         )
-    if path.is_file() and not status.st_mode & stat.S_IXUSR:
-        raise HookError(f"the hook {path} is not executable; run: chmod u+x {path}")
+
+
+def _check_program(path: Path) -> None:
+    """:raises HookError: it is no program, or others than root and this user may have written it."""
+    try:
+        _check_way(f"the hook {path} is", path)
+        if not path.is_file():
+            raise HookError(f"the hook {path} is no file; remove it, or name it otherwise")
+        if not os.access(path, os.X_OK, effective_ids=True):
+            raise HookError(f"the hook {path} is not executable; run: chmod +x {path}")
+        _check_interpreter(path)
+    except OSError as error:
+        raise HookError(f"the hook {path} cannot be used: {error.strerror}; remove it") from error
+
+
+def _check_way(what: str, path: Path) -> None:
+    for place in files.way(str(path)):
+        if files.changeable(place):
+            raise HookError(
+                f"{what} refused: others than root and the agent's user may change {place}; "
+                f"run: chmod go-w {place}, and if it belongs to another user, chown root {place}"
+            )
+
+
+def _check_interpreter(path: Path) -> None:
+    """:raises HookError: it is a text of which the kernel does not know what is to execute it."""
+    try:
+        with path.open("rb") as file:
+            first = file.read(256).partition(b"\n")[0]
+    except PermissionError:
+        return  # a program need not be readable
+    if not first.startswith(b"#!"):
+        if b"\0" not in first:
+            raise HookError(
+                f"the hook {path} is no program: its first line has to name what executes it, "
+                "such as #!/bin/sh"
+            )
+        return
+    words = os.fsdecode(first[2:]).strip(" \t").split(" ")
+    interpreter = words[0].split("\t")[0]
+    if not os.access(interpreter, os.X_OK, effective_ids=True):
+        raise HookError(f"the hook {path} names {interpreter!r} in its first line, which is no program here")
 
 
 def _environment(event: str, facts: Mapping[str, Json]) -> dict[str, str]:

@@ -14,10 +14,9 @@ import secrets
 import shutil
 import signal
 import socket
-import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import anyio
 
-from flowagent import ground
+from flowagent import files, ground
 from flowagent.errors import LauncherError
 from flowagent.models import Json
 from flowagent.runners.confinement import Confinement
@@ -44,8 +43,6 @@ GREETING_TIMEOUT = 5.0
 
 LOOK_EVERY = 0.1
 """Seconds between looks at an attempt that an agent before this one has started."""
-MOST_LINKS = 40
-"""Symbolic links on the way to an interpreter, as the kernel has it."""
 IDLE = 300.0
 """Seconds after which a launcher that is not the agent's own is let go."""
 
@@ -449,47 +446,18 @@ def check_interpreter(interpreter: str, closed: Sequence[str]) -> None:
 
     :raises LauncherError: it is not."""
     path = shutil.which(interpreter) or interpreter
-    for place in _way(path):
+    for place in files.way(path):
         for top in closed:
             if os.path.commonpath([place, top]) == top:
                 raise LauncherError(
                     f"the interpreter {path} is refused: {top} is open to flows or holds their sources; "
                     "install it elsewhere"
                 )
-        status = os.lstat(place)
-        link, directory = stat.S_ISLNK(status.st_mode), stat.S_ISDIR(status.st_mode)
-        others = not link and status.st_mode & 0o022 and not (directory and status.st_mode & stat.S_ISVTX)
-        if status.st_uid not in (0, os.getuid()) or others:
+        if files.changeable(place):
             raise LauncherError(
                 f"the interpreter {path} is refused: others than root and the agent's user may change "
                 f"{place}; take that right away: chmod go-w {place}"
             )
-
-
-def _way(path: str) -> Iterator[str]:
-    """All that is looked at when a path is opened: directories, links, and what they lead to."""
-    place, links = "/", 0
-    names = os.path.abspath(path).split("/")[::-1]
-    yield place
-    while names:
-        name = names.pop()
-        if name in ("", "."):
-            continue
-        if name == "..":
-            place = os.path.dirname(place)
-            continue
-        here = os.path.join(place, name)
-        yield here
-        if not os.path.islink(here):
-            place = here
-            continue
-        links += 1
-        if links > MOST_LINKS:
-            raise LauncherError(f"the interpreter {path} is refused: too many symbolic links")
-        target = os.readlink(here)
-        names += target.split("/")[::-1]
-        if target.startswith("/"):
-            place = "/"
 
 
 async def _send(connection: socket.socket, message: Mapping[str, Any], fds: list[int] | None = None) -> None:
