@@ -282,4 +282,5 @@ class AgentInfo:
     started: float = 0.0
     seen: float = 0.0
     stopping: bool = False  # drains: claims nothing new
+    no_room: bool = False  # claims nothing new while a disk of its is nearly full
     running: int = 0  # attempts it holds now

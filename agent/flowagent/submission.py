@@ -121,7 +121,10 @@ def _reason(agent: AgentInfo, run: Run, now: float) -> str | None:
         return f"was last seen {now - agent.seen:.0f} s ago"
     if agent.stopping:
         return "is stopping"
-    return label_names.mismatch(agent.labels, agent.require_labels, agent.runner, run.labels, run.runners)
+    unlike = label_names.mismatch(agent.labels, agent.require_labels, agent.runner, run.labels, run.runners)
+    if unlike is None and agent.no_room:
+        return "takes nothing new until there is room on its disk"
+    return unlike
 
 
 def obstacle(run: Run, found: Iterable[Placement], host: str) -> str | None:

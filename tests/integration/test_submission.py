@@ -114,6 +114,10 @@ async def test_which_agent_could_take_it_and_why_not(store: SQLStore) -> None:
     assert unable.reason == "lacks label a"
     stopping = await _placed(store, replace(AGENT, name="three", stopping=True), run)
     assert stopping.reason == "is stopping"
+    cramped = await _placed(store, replace(AGENT, name="four", no_room=True), run)
+    assert cramped.reason == "takes nothing new until there is room on its disk"
+    assert not cramped.agent.stopping and stopping.agent.stopping and not stopping.agent.no_room
+    assert (await _placed(store, replace(unable.agent, no_room=True), run)).reason == "lacks label a"
     assert obstacle(run, [able, unable, stopping], "here") is None
     said = obstacle(run, [unable, stopping], "b")
     assert said is not None

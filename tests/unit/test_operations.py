@@ -26,6 +26,7 @@ from flowagent.daemon.systemd import ServiceManager
 from flowagent.daemon.tally import Tally
 from flowagent.errors import SettingsError, UsageError
 from flowagent.settings import Settings
+from flowagent.sources.mirrors import MirrorEntry
 from flowagent.sources.upkeep import Removed, Upkeep
 
 pytestmark = pytest.mark.anyio
@@ -243,21 +244,23 @@ async def test_a_long_transfer_says_so_now_and_then(tmp_path: Path) -> None:
 
 
 class Cache(Upkeep):
-    """One of 300 bytes, of which nothing goes; remembers what it was asked for."""
+    """One of 300 bytes, of which nothing goes, unless told so; remembers what it was asked for."""
 
     asked: ClassVar[list[tuple[int | None, float | None]]]
+    removed: ClassVar[Removed]
 
     def bytes(self) -> int:
         return 300
 
     def prune(self, max_bytes: int | None, max_age: float | None) -> Removed:
         self.asked.append((max_bytes, max_age))
-        return Removed([], [])
+        return self.removed
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     Cache.asked = []
+    Cache.removed = Removed([], [])
     return Cache(tmp_path, tmp_path / "mirrors")
 
 
@@ -278,6 +281,20 @@ async def test_a_full_disk_is_pruned_and_then_waited_for(
     assert not await guard.room() and len(cache.asked) == 1  # not again so soon
     now = 61.0
     assert not await guard.room() and cache.asked[1:] == [(0, None)]
+
+
+async def test_pruning_is_spoken_of_only_if_it_freed_something(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, out = 0.0, io.StringIO()
+    monkeypatch.setattr("flowagent.daemon.disk._free", lambda directory: 900)
+    guard = DiskGuard([tmp_path], 1000, cache, make_log("json", stream=out), lambda: now)
+    assert not await guard.room()
+    assert "a disk is nearly full" in out.getvalue() and "pruned" not in out.getvalue()
+    now = 61.0
+    Cache.removed = Removed([], [MirrorEntry("k", "m", 100, 0.0, False)])
+    assert not await guard.room()
+    assert '"freed": "100 bytes"' in out.getvalue()
 
 
 async def test_a_cache_on_another_disk_than_the_full_one_is_left_alone(

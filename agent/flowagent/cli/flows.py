@@ -82,7 +82,7 @@ def agents(session: Session, here: bool, as_json: bool) -> int:
         return await store.agents()
 
     found = [agent for agent in session.with_store(job) if not here or agent.host == hostname()]
-    code = int(here and not any(_life(agent) == "live" for agent in found))
+    code = int(here and not any(_life(agent) in ("live", "no room") for agent in found))
     if as_json:
         output.print_json([{**vars(agent), "state": _life(agent)} for agent in found])
         return code
@@ -111,4 +111,4 @@ def _life(agent: AgentInfo) -> str:
 
     if not is_live(agent, time.time()):
         return "gone"
-    return "stopping" if agent.stopping else "live"
+    return "stopping" if agent.stopping else "no room" if agent.no_room else "live"

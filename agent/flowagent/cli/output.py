@@ -25,6 +25,7 @@ COLOURS = {
     "pending": "cyan",
     "live": "green",
     "stopping": "yellow",
+    "no room": "yellow",
 }
 """Colours of words that stand alone in a cell."""
 

@@ -301,6 +301,7 @@ class Agent:
                     continue
                 with self._pulse.during("looking for room on the disks", PRUNING):
                     room = await self.disk.room()
+                self._tell_of_room(room)
                 if not room:
                     if self._runs_once:
                         raise AgentError(f"nothing was taken: {self.disk.low}; make room")
@@ -328,6 +329,12 @@ class Agent:
                 if not self.stopping:
                     with anyio.CancelScope() as self._nap:
                         await bell.wait(pause)
+
+    def _tell_of_room(self, room: bool) -> None:
+        """Have those know who ask why a run is not taken."""
+        if self.info.no_room is room:
+            self.info = replace(self.info, no_room=not room)
+            self._announce_soon.set()
 
     def _room_for(self) -> int:
         """How many attempts it may claim now."""

@@ -90,7 +90,7 @@ class DiskGuard:
         if free is None or free >= self.reserve:
             return  # it is on another disk: the one that is nearly full would gain nothing
         removed = await self._removed(partial(self._make_room, int(self.reserve * MARGIN - free)))
-        if removed is not None:
+        if removed is not None and removed.bytes:
             self._log.warning("pruned the source cache", **_counts(removed))
 
     def _make_room(self, missing: int) -> Removed:

@@ -26,6 +26,7 @@ _ANNOUNCE = f"""
 
 
 def announce(tx: Transaction, agent: AgentInfo) -> None:
+    condition = rows.STOPPING if agent.stopping else rows.NO_ROOM if agent.no_room else rows.CLAIMING
     values = {
         "name": agent.name,
         "instance": agent.instance,
@@ -37,7 +38,7 @@ def announce(tx: Transaction, agent: AgentInfo) -> None:
         "version": agent.version,
         "require_labels": int(agent.require_labels),
         "started": agent.started,
-        "stopping": int(agent.stopping),
+        "stopping": condition,
         "alive": ALIVE,
     }
     if not tx.execute(_ANNOUNCE, values):

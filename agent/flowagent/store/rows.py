@@ -95,6 +95,9 @@ AGENT_COLUMNS = """
     a.name, a.instance, a.host, a.pid, a.labels, a.runner, a.capacity, a.version, a.require_labels, a.started,
     a.seen, a.stopping"""
 
+CLAIMING, STOPPING, NO_ROOM = 0, 1, 2
+"""What the column ``stopping`` says: whether, and why, an agent claims nothing new."""
+
 
 def agent(row: Row) -> AgentInfo:
     (
@@ -113,7 +116,8 @@ def agent(row: Row) -> AgentInfo:
         require_labels=bool(require_labels),
         started=started,
         seen=seen,
-        stopping=bool(stopping),
+        stopping=stopping == STOPPING,
+        no_room=stopping == NO_ROOM,
         running=running,
     )
 

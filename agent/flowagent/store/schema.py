@@ -162,5 +162,5 @@ agent = Table(
     Column("require_labels", Integer, nullable=False),
     Column("started", Double, nullable=False),
     Column("seen", Double, nullable=False),
-    Column("stopping", Integer, nullable=False),
+    Column("stopping", Integer, nullable=False),  # or why else it claims nothing: see rows.agent
 )
