@@ -12,16 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from flowagent import labels as label_names
-from flowagent.errors import UsageError
+from flowagent.errors import UsageError, one_line
 from flowagent.flows import declarations
 from flowagent.flows.errors import FlowError
 
 _HOST = re.compile(r"([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+LIMITS = (*declarations.SIZES, *declarations.DURATIONS, *declarations.NUMBERS)
+"""What the setting max can limit."""
 
 
 def string(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a non-empty string")
+    return value
+
+
+def store(value: Any) -> str:
+    """The URL of a store, as far as it can be told by its looks."""
+    expected = "sqlite:////absolute/path or postgresql://user:password@host/database"
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(expected)
+    scheme, separator, rest = value.partition("://")
+    fits = {
+        "sqlite": rest.startswith("/") and rest not in ("/", "/:memory:"),
+        "postgresql": True,  # what is left out is in PG* variables
+        "postgres": True,
+    }
+    if not separator or not fits.get(scheme.lower(), False):
+        raise ValueError(expected)
     return value
 
 
@@ -130,6 +148,11 @@ def limits(value: Any) -> dict[str, float | None]:
     ``none`` takes a default away."""
     if not isinstance(value, Mapping):
         value = environment(value)
+    for name in value:
+        if name not in LIMITS:
+            from flowagent.hints import near  # with it comes difflib
+
+            raise UsageError(f"there is no limit {one_line(repr(name), 100)}{near(name, LIMITS)}")
     unlimited = [name for name, text in value.items() if isinstance(text, str) and text.lower() == "none"]
     given = {name: _number(text) for name, text in value.items() if name not in unlimited}
     try:
@@ -224,6 +247,6 @@ def ssh_hosts(value: Any) -> dict[str, dict[str, Any]]:
             or not all(isinstance(t, str) for t in texts)
         ):
             raise ValueError(
-                f'in [ssh."{name}"] key or key_secret, a string, and known_hosts, a list of lines,'
+                f'in [ssh."{one_line(name)}"] key or key_secret, a string, and known_hosts, a list of lines,'
             )
     return {name.removesuffix(".git"): dict(table) for name, table in value.items()}

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from flowagent import kinds
-from flowagent.errors import SettingsError, UsageError
+from flowagent.errors import SettingsError, UsageError, one_line
 
 PREFIX = "FLOWAGENT_"
 FILE = "config.toml"
 TOP_LEVEL = ("home", "store", "cache", "ssh")
 """Keys of the configuration file outside of its ``[agent]`` table."""
-SECRETIVE = ("store", "env", "notify")
+SECRETIVE = ("store", "env", "notify", "engine", "registry_allow")
 """Settings that may hold passwords or tokens: their values are not printed as they are."""
 
 
@@ -227,7 +227,9 @@ def _from_file(config: Path | None, path: Path) -> dict[str, Any]:
     values = {}
     for given, value in (*data.items(), *((f"agent.{key}", agent[key]) for key in agent)):
         if given not in known:
-            raise SettingsError(_unknown(given, f"{path}: key", known))
+            raise SettingsError(
+                _misplaced(given, value, f"{path}: key") or _unknown(given, f"{path}: key", known)
+            )
         key = given.removeprefix("agent.")
         values[key] = _value(key, value, f"{path}: {given}")
     return values
@@ -243,7 +245,9 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             values[key] = _value(key, text, variable)
         # other variables with this prefix are none of ours, unless one is a slip of the pen
         elif nearest := _close(key, _KINDS, 0.8):
-            raise SettingsError(f"variable {variable} is unknown; did you mean {PREFIX}{nearest[0].upper()}?")
+            raise SettingsError(
+                f"variable {_shown(variable)} is unknown; did you mean {PREFIX}{nearest[0].upper()}?"
+            )
     return values
 
 
@@ -258,7 +262,24 @@ def _unknown(key: str, what: str, known: list[str]) -> str:
         name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]
     ]
     hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-    return f"{what} {key} is unknown; {hint}"
+    return f"{what} {_shown(key)} is unknown; {hint}"
+
+
+def _misplaced(key: str, value: Any, what: str) -> str | None:
+    """The error of a key in the file that is known, though not there or not so."""
+    table, _, name = key.rpartition(".")
+    if table and name in TOP_LEVEL:
+        return f"{what} {key} is unknown; {name} belongs at the top of the file, above [agent]"
+    if isinstance(value, dict) and not table and (nearest := _close(key, ("agent", "ssh"), 0.5)):
+        return f"{what} {_shown(key)} is unknown; did you mean [{nearest[0]}]?"
+    if name in kinds.LIMITS:
+        return f"{what} {key} is unknown; did you mean max = {{ {name} = … }} below [agent]?"
+    return None
+
+
+def _shown(key: str) -> str:
+    """A name as it can stand in a line."""
+    return key if key.isprintable() else one_line(repr(key), 100)
 
 
 # -- kinds of values -----------------------------------------------------------------------------------
@@ -280,7 +301,7 @@ def _optional(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 _KINDS: Mapping[str, Callable[[Any], Any]] = {
     "home": kinds.path,
-    "store": kinds.string,
+    "store": kinds.store,
     "cache": kinds.path,
     "name": kinds.string,
     "labels": kinds.labels,

@@ -40,3 +40,19 @@ def test_an_agent_without_room_says_so_to_all(site: Site) -> None:
     agent.send_signal(signal.SIGHUP)
     site.wait_for(run)
     until(lambda: "no room" not in site.command("agents").stdout)
+
+
+def test_a_reload_does_not_take_what_the_next_start_would_fail_with(site: Site) -> None:
+    config = site.root / "agent.toml"
+    config.write_text("")
+    agent = site.start("--config", str(config))
+    for text, why in (
+        ("store = 'mysql://u:hunter2@h/d'", "store has a value that cannot be, and sqlite:////"),
+        ("[agent]\nrun_as = 'nobody-of-this-name'", "--run-as"),
+    ):
+        before = site.log(agent).count("not reloaded: the configuration is wrong")
+        config.write_text(text)
+        agent.send_signal(signal.SIGHUP)
+        until(lambda before=before: site.log(agent).count("not reloaded: the conf") > before)
+        assert why in site.log(agent)
+    assert "hunter2" not in site.log(agent)

@@ -73,7 +73,29 @@ def test_every_kind_of_value_from_the_environment(tmp_path: Path) -> None:
     [
         ("[agent]\nlable = []", {}, {}, r"key agent.lable is unknown; did you mean agent.label"),
         ("labels = []", {}, {}, r"key labels is unknown; did you mean agent.labels"),
-        ("[agent]\nstore = 'x'", {}, {}, r"key agent.store is unknown; did you mean"),
+        ("[agent]\nstore = 'x'", {}, {}, r"key agent.store is unknown; store belongs at the top of the file"),
+        ("[agent]\ncache = '/x'", {}, {}, r"key agent.cache is unknown; cache belongs at the top"),
+        ("[agnet]\nlimit = 3", {}, {}, r"key agnet is unknown; did you mean \[agent\]\?"),
+        ("[sssh.h]\nkey = '/k'", {}, {}, r"key sssh is unknown; did you mean \[ssh\]\?"),
+        (
+            "[agent]\nmemory = '2G'",
+            {},
+            {},
+            r"agent.memory is unknown; did you mean max = { memory = … } below",
+        ),
+        ("output = '2G'", {}, {}, r"key output is unknown; did you mean max = { output = … } below"),
+        (
+            "[agent]\nmax = {mem = '2G'}",
+            {},
+            {},
+            r"agent.max: there is no limit 'mem'; did you mean memory\?$",
+        ),
+        ("", {}, {"max": ["mem=2G"]}, r"^option max: there is no limit 'mem'; did you mean memory\?$"),
+        ("", {}, {"max": ["qqqq=2G"]}, r"option max: there is no limit 'qqqq'; there are cpu_time, disk,"),
+        ('[agent]\n"la\\nbels" = 1', {}, {}, r"key 'agent.la\\nbels' is unknown; did you mean agent.labels"),
+        ('[agent]\nmax = {"a\\nb" = 1}', {}, {}, r"there is no limit 'a\\nb'"),
+        ('[ssh."a\\nb"]\nkey = 1', {}, {}, r"in \[ssh.\"a b\"\] key or key_secret"),
+        ("", {"FLOWAGENT_LABELS\n": "x"}, {}, r"variable 'FLOWAGENT_LABELS\\n' is unknown"),
         ("qqqq = 1", {}, {}, r"key qqqq is unknown; known are home, store, cache, ssh, agent.name"),
         ("agent = 1", {}, {}, r"a table \[agent\] is expected"),
         ("x = ]\ny = 1", {}, {}, r"config.toml is not valid TOML: .*line 1"),
@@ -171,10 +193,45 @@ def test_values_that_may_be_secret_are_not_repeated(tmp_path: Path) -> None:
         "notify": "https://u:hunter2@example.com/x",
         "env": "hunter2",
         "store": ["hunter2"],
+        "engine": ["tcp://u:hunter2@h"],
+        "registry_allow": ["https://u:hunter2@h", 1],
     }.items():
         with pytest.raises(SettingsError, match="expected") as caught:
             settings(tmp_path, **{key: value})
         assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "mysql://u:hunter2@h/d",
+            "http://u:hunter2@h",
+            "postgresql:u:hunter2",
+            "hunter2",
+            "sqlite:/hunter2",
+        ),
+        *(
+            "sqlite://hunter2",
+            "sqlite:///",
+            "sqlite:///:memory:",
+            "sqlite:///a\0hunter2",
+            "host=h password=x",
+        ),
+    ],
+)
+def test_what_is_no_url_of_a_store_is_refused_and_not_repeated(tmp_path: Path, url: str) -> None:
+    expected = r"has a value that cannot be, and sqlite:////absolute/path or postgresql://.* is expected"
+    with pytest.raises(SettingsError, match=expected) as caught:
+        settings(tmp_path, store=url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////a/b.db", "SQLite:///b", "postgresql://", "postgres://h1:1,h2:2/d"]
+)
+def test_what_may_be_one_is_not(tmp_path: Path, url: str) -> None:
+    assert settings(tmp_path, store=url).store == url
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:80", "localhost:8080", "/run/x.sock", "unix:/x"])

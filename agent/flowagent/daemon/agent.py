@@ -190,8 +190,13 @@ class Agent:
     def reload(self, settings: Settings, log: Log) -> list[str]:
         """Go by other settings from the next run on. What only a new start can change stays: its names.
 
-        :raises HookError: the hooks cannot be used; nothing has changed then."""
+        :raises HookError: the hooks cannot be used; nothing has changed then.
+        :raises SettingsError: the next start would fail, as far as that can be told; the same."""
         old = self._settings
+        if settings.run_as not in (None, old.run_as) and settings.runner == "process":
+            from flowagent.runners import confinement  # which other runners do without
+
+            confinement.user(settings.run_as)
         kept = [
             name for name in vars(settings) if name not in RELOADABLE and name not in ("config", "origins")
         ]

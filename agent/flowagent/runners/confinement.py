@@ -178,10 +178,8 @@ def _sockets(settings: Settings, runs: Path) -> list[str]:
     return found
 
 
-def _user(name: str | None, runs: Path, sources: Path) -> tuple[int, int, tuple[int, ...]] | None:
-    """The user that flows run as, as numbers."""
-    if name is None:
-        return None
+def user(name: str) -> pwd.struct_passwd:
+    """The user that flows run as. :raises SettingsError: flows cannot run as that one here."""
     if os.geteuid() != 0:
         raise SettingsError("--run-as takes an agent that runs as root; start it as root, or leave this out")
     try:
@@ -192,6 +190,14 @@ def _user(name: str | None, runs: Path, sources: Path) -> tuple[int, int, tuple[
         ) from None
     if entry.pw_uid == 0:
         raise SettingsError("--run-as takes a user other than root; leave it out to run flows as root")
+    return entry
+
+
+def _user(name: str | None, runs: Path, sources: Path) -> tuple[int, int, tuple[int, ...]] | None:
+    """The same in numbers, once the way to its runs is open."""
+    if name is None:
+        return None
+    entry = user(name)
     groups = tuple(sorted(os.getgrouplist(name, entry.pw_gid)))
     _open_the_way(runs, sources, entry.pw_uid, groups)
     return entry.pw_uid, entry.pw_gid, groups
