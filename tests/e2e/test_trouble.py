@@ -56,3 +56,12 @@ def test_a_reload_does_not_take_what_the_next_start_would_fail_with(site: Site) 
         until(lambda before=before: site.log(agent).count("not reloaded: the conf") > before)
         assert why in site.log(agent)
     assert "hunter2" not in site.log(agent)
+
+
+def test_a_reload_warns_of_directories_that_are_not_there(site: Site) -> None:
+    config = site.root / "agent.toml"
+    config.write_text("")
+    agent = site.start("--config", str(config))
+    config.write_text("[agent]\nimport_paths = ['/no/such/place']\n")
+    agent.send_signal(signal.SIGHUP)
+    until(lambda: '"import_path": "/no/such/place"' in site.log(agent))

@@ -6,6 +6,7 @@ import array
 import io
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import anyio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from flowagent.daemon import listening
 from flowagent.daemon.disk import DiskGuard
 from flowagent.daemon.journal import Journal, is_behind
 from flowagent.daemon.log import make_log
@@ -22,9 +24,12 @@ from flowagent.daemon.metrics import Metrics, Readings
 from flowagent.daemon.operations import Operations
 from flowagent.daemon.progress import logged
 from flowagent.daemon.pulse import Pulse
+from flowagent.daemon.service import Service
 from flowagent.daemon.systemd import ServiceManager
 from flowagent.daemon.tally import Tally
+from flowagent.daemon.webhook import Notices
 from flowagent.errors import SettingsError, UsageError
+from flowagent.secrets import SecretProvider
 from flowagent.settings import Settings
 from flowagent.sources.mirrors import MirrorEntry
 from flowagent.sources.upkeep import Removed, Upkeep
@@ -173,6 +178,63 @@ async def test_an_address_in_use(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot listen at"):
         Operations(Settings(tmp_path, "", health_address=str(tmp_path / "file")), log())
     assert (tmp_path / "file").read_text() == "precious"
+
+
+async def test_a_socket_is_called_by_its_path_and_goes_with_its_agent(tmp_path: Path) -> None:
+    path, out = tmp_path / ("x" * 120) / "health.sock", io.StringIO()
+    path.parent.mkdir()
+    operations = Operations(Settings(tmp_path, "", health_address=str(path)), make_log("json", stream=out))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(operations.run)
+        while "are served" not in out.getvalue():
+            await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+    assert json.loads(out.getvalue())["address"] == str(path)
+    await operations.close()
+    assert not path.exists()
+
+
+async def test_a_socket_of_another_is_left_alone(tmp_path: Path) -> None:
+    path = str(tmp_path / "health.sock")
+    first = Operations(Settings(tmp_path, "", health_address=path), log())
+    os.rename(path, f"{path}.old")
+    second = Operations(Settings(tmp_path, "", health_address=path), log())
+    await first.close()
+    assert os.path.exists(path)
+    await second.close()
+    assert not os.path.exists(path)
+
+
+async def test_an_address_is_shown_with_the_port_that_it_got() -> None:
+    for address, shown in (("127.0.0.1:0", r"127\.0\.0\.1:[1-9]\d*"), ("[::1]:0", r"\[::1\]:[1-9]\d*")):
+        with listening.listen(address) as server:
+            assert re.fullmatch(shown, listening.shown(server, address))
+
+
+async def test_notices_that_are_not_sent_in_time_are_counted(tmp_path: Path) -> None:
+    out, tally = io.StringIO(), Tally()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        notices = Notices(url, None, SecretProvider(tmp_path), tally, make_log("json", stream=out))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(notices.run)
+            for number in range(3):
+                notices.add({"run": str(number)})
+            await notices.flush(0.5)
+            tasks.cancel_scope.cancel()
+    assert tally.notices_failed == 3
+    said = json.loads(out.getvalue())
+    assert said["event"].startswith("notifications were given up") and said["notices"] == 3
+
+
+async def test_a_reload_keeps_the_format_of_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = iter([Settings(tmp_path, "", log_format="json"), Settings(tmp_path, "", log_format="console")])
+    service = Service(lambda: next(read))
+    service._reload(Operations(Settings(tmp_path, ""), log()))
+    service._log.info("hello")
+    assert json.loads(capsys.readouterr().err)["event"] == "hello"
 
 
 def test_every_metric_is_documented() -> None:

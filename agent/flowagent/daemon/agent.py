@@ -224,7 +224,13 @@ class Agent:
         self._nap.cancel()
         self._make_room()
         self.log.info("reloaded", labels=list(self.info.labels), limit=self.info.limit)
+        self._look_at_import_paths()
         return changed
+
+    def _look_at_import_paths(self) -> None:
+        for path in self._settings.import_paths:
+            if not path.is_dir():  # it may be mounted later
+                self.log.warning("nothing is imported from there: no such directory", import_path=str(path))
 
     def _disk_guard(self) -> DiskGuard:
         settings = self._settings
@@ -259,11 +265,7 @@ class Agent:
             )
             for gap in self._services.runner.gaps:
                 self.log.warning("the sandbox has a gap", gap=gap)
-            for path in self._settings.import_paths:
-                if not path.is_dir():  # it may be mounted later
-                    self.log.warning(
-                        "nothing is imported from there: no such directory", import_path=str(path)
-                    )
+            self._look_at_import_paths()
             async with anyio.create_task_group() as tasks:
                 await self._adopt(tasks)
                 tasks.start_soon(self._warm_up)

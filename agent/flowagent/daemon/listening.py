@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from contextlib import suppress
 
 from flowagent.errors import SettingsError
 from flowagent.runtime.sockets import short_address
@@ -21,6 +22,30 @@ def listen(address: str, mode: int = 0o660) -> socket.socket:
         raise SettingsError(
             f"cannot listen at {address}: {error.strerror or error}; choose another --health-address"
         ) from error
+
+
+def shown(server: socket.socket, address: str) -> str:
+    """Where it listens, for people: the path, or the host and the port that it got."""
+    if server.family == socket.AF_UNIX:
+        return address
+    host, port = server.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def identity(address: str) -> tuple[int, int] | None:
+    """By which the file of a unix socket is known again; None: there is none."""
+    try:
+        status = os.lstat(address)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+
+
+def remove(path: str, made: tuple[int, int]) -> None:
+    """Remove the file of a socket that has been closed, unless somebody else listens there by now."""
+    if identity(path) == made:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _listen_at_port(address: str) -> socket.socket:

@@ -50,6 +50,8 @@ class Operations:
         self._metrics: Metrics | None = None
         self._health: Health | None = None
         self._listening: socket.socket | None = None
+        self._address = settings.health_address
+        self._made: tuple[int, int] | None = None  # which file the socket is, if it is one
         self._serving: Server | None = None
         self._said = ""
         self._tracing = _tracing() if settings.tracing == "otlp" else None
@@ -60,6 +62,7 @@ class Operations:
             self._metrics = Metrics()
             self._health = Health(self.pulse, self.tally, self._metrics)
             self._listening = listening.listen(settings.health_address)
+            self._made = listening.identity(settings.health_address)
         watching: list[Watcher] = [each for each in (self._metrics, self._tracing) if each is not None]
         self.watchers = Watchers(watching)
 
@@ -69,8 +72,7 @@ class Operations:
             if self._listening is not None and self._health is not None:
                 from flowagent.daemon.webserver import Server
 
-                where = self._listening.getsockname()
-                address = where if isinstance(where, str) else f"{where[0]}:{where[1]}"
+                address = listening.shown(self._listening, self._address or "")
                 self._log.info("health and metrics are served", address=address)
                 tasks.start_soon(Server(self._listening, self._health.answer, self._log).run)
             if self._metrics is not None:
@@ -114,6 +116,8 @@ class Operations:
         """Send what is left to be sent."""
         if self._listening is not None:
             self._listening.close()
+        if self._address is not None and self._made is not None:
+            listening.remove(self._address, self._made)
         if self._tracing is not None:
             await self._tracing.close(FLUSH)
 

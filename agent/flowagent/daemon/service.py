@@ -95,7 +95,7 @@ class Service:
         operations.manager.reloading()
         try:
             settings = self._read()
-            log = make_log(settings.log_format, settings.log_level)
+            log = make_log(self._settings.log_format, settings.log_level)  # a log has one format to its end
             waiting = self._agent.reload(settings, log) if self._agent is not None else []
         except Exception as error:  # whatever is wrong with a file, an agent at work goes on
             reason = str(error) if isinstance(error, FlowagentError) else f"{type(error).__name__}: {error}"

@@ -45,6 +45,7 @@ class Notices:
         )  # the rest of a webhook's URL is as good as a password
         self._log = log.bind(notify=self._host)
         self._waiting: deque[bytes] = deque()
+        self._under_way = 0
         self._more = anyio.Event()
         self._empty = anyio.Event()
         self._empty.set()
@@ -70,16 +71,26 @@ class Notices:
         self._more.set()
 
     async def run(self) -> None:
-        """Send until cancelled."""
+        """Send until cancelled. What is left then is given up, and that is said."""
         if self._url is None:
             return
         await self._more.wait()
+        try:
+            await self._send(self._url)
+        finally:
+            if left := self._under_way + len(self._waiting):
+                self._tally.notices_failed += left
+                self._log.warning("notifications were given up, as the agent ends", notices=left)
+
+    async def _send(self, url: str) -> None:
         from flowagent import http  # with it come httpx and ssl
 
         async with http.client(timeout=10.0) as using:
             while True:
                 while self._waiting:
-                    await self._deliver(using, self._url, self._waiting.popleft())
+                    self._under_way = 1
+                    await self._deliver(using, url, self._waiting.popleft())
+                    self._under_way = 0
                 self._empty.set()
                 self._more = anyio.Event()
                 await self._more.wait()
