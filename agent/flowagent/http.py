@@ -480,6 +480,7 @@ class _Streamed(httpx.AsyncByteStream):
                 chunk = self._content[start : start + CHUNK]
                 yield chunk
                 self._progress.advance(len(chunk))
+            self._content = b""  # a response and its request refer to each other, and are not freed at once
             return
         async with aiofiles.open(self._content, "rb") as file:
             while chunk := await file.read(CHUNK):

@@ -77,8 +77,6 @@ async def main():
 anyio.run(main)
 """
 NAME = "large.bin"
-KEPT = ("Azure", "GCS")
-"""Stores that get parts of an upload from memory, by flowagent.http."""
 ROOM = 100 << 20
 """Bytes that buffers, threads and fragmentation may take, whatever the size: parts of 8 MiB, some at once."""
 
@@ -86,15 +84,12 @@ ROOM = 100 << 20
 @pytest.mark.parametrize(
     "size", [300 << 20, pytest.param(1 << 30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
-def test_memory_stays_flat(bench: Bench, size: int, request: pytest.FixtureRequest) -> None:
+def test_memory_stays_flat(bench: Bench, size: int) -> None:
     # not through the gate, which keeps bodies
     environment = bench._environment(bench.url)
     grown = measure(
         bench.home, size, bench.result().to_json(), bench.storage(include=[NAME]).to_json(), environment
     )
-    if bench.kind in KEPT:
-        why = "the bytes that http has sent stay until all garbage is collected"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
     assert grown < ROOM
 
 
