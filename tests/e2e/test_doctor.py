@@ -15,15 +15,21 @@ from typing import Any
 import pytest
 import trustme
 from tests.e2e.harness import Site
+from tests.e2e.operating import executable
 
-from flowagent.cli import reach
+from flowagent.cli import doctor, reach
+from flowagent.runtime import cgroups
+from flowagent.settings import Settings
 from flowagent.store import open_store
 
 
+def findings(site: Site, *options: str, code: int | None = 0, **env: str) -> list[dict[str, str]]:
+    return list(json.loads(site.command("doctor", "--json", *options, code=code, env=env).stdout))
+
+
 def finding(site: Site, check: str, *options: str, code: int | None = 0, **env: str) -> dict[str, str]:
-    done = site.command("doctor", "--json", *options, code=code, env=env)
-    (found,) = [each for each in json.loads(done.stdout) if each["check"] == check]
-    return dict(found)
+    (found,) = [each for each in findings(site, *options, code=code, **env) if each["check"] == check]
+    return found
 
 
 def test_a_repository_that_can_be_read_and_one_that_cannot(site: Site, tmp_path: Path) -> None:
@@ -59,6 +65,58 @@ def test_keys_and_known_hosts(site: Site, tmp_path: Path) -> None:
 def test_a_disk_with_less_than_its_reserve(site: Site) -> None:
     found = finding(site, "disk", code=1, FLOWAGENT_RESERVE="500T")
     assert found["level"] == "failed" and "agents want 500 TiB" in found["detail"]
+
+
+def test_what_settings_name_and_is_not_there(site: Site) -> None:
+    named = {"FLOWAGENT_HOOKS": "/nope", "FLOWAGENT_NOTIFY_KEY": "K", "FLOWAGENT_IMPORT_PATHS": "/no:/tmp"}
+    found = {each["check"]: each for each in findings(site, code=1, **named)}
+    hooks, notify, imports = (found[check] for check in ("hooks", "notify", "imports"))
+    assert hooks["level"] == "failed" and "the hooks in /nope cannot be read" in hooks["detail"]
+    assert (
+        notify["level"] == "note" and "no agent starts without the key: secret K is not" in notify["detail"]
+    )
+    assert imports["level"] == "note" and "nothing is imported from /no: " in imports["detail"]
+    executable(site.root / "hooks" / "before-run", "#!/bin/sh\n")
+    named = {
+        "FLOWAGENT_HOOKS": f"{site.root}/hooks",
+        "FLOWAGENT_SECRET_K": "x",
+        "FLOWAGENT_IMPORT_PATHS": "/tmp",
+    }
+    found = {each["check"]: each for each in findings(site, FLOWAGENT_NOTIFY_KEY="K", **named)}
+    assert {found[check]["level"] for check in ("hooks", "notify", "imports")} == {"ok"}
+
+
+def test_what_is_wrong_has_a_remedy(site: Site) -> None:
+    bad = {
+        "FLOWAGENT_STORE": "postgresql://u:hunter2@127.0.0.1:1/d",
+        "FLOWAGENT_PRELOAD": "no_such_module",
+        "FLOWAGENT_ENGINE": "unix:///nowhere.sock",
+        "KUBECONFIG": "/nope",
+    }
+    found = {each["check"]: each for each in findings(site, code=1, **bad)}
+    assert "see that its server runs" in found["store"]["remedy"] and "hunter2" not in json.dumps(found)
+    assert "install what preload names" in found["launcher"]["remedy"]
+    assert "KUBECONFIG names /nope, and there is no such file" in found["kubernetes"]["detail"]
+    assert all(each["remedy"] for each in found.values() if each["level"] != "ok")
+    (again,) = [each for each in findings(site, KUBECONFIG="") if each["check"] == "kubernetes"]
+    assert "set KUBECONFIG" in again["remedy"] and "with a kubeconfig: only runs in" in again["detail"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("held", "missing", "more"),
+    [((), "memory and processes", True), (("pids",), "memory", True), (("memory",), "processes", False)],
+)
+async def test_limits_without_control_groups(
+    held: tuple[str, ...], missing: str, more: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "find", lambda: dict.fromkeys(held, "/x"))
+    found = await doctor._limits(Settings(tmp_path, ""))
+    assert found.level == "note" and f"no control groups here for {missing}:" in found.detail
+    assert "flowagent systemd install" in str(found.remedy)
+    assert (
+        "systemd 254 or newer, and before that all runs together, by MemoryMax=" in str(found.remedy)
+    ) is more
 
 
 def test_an_engine_that_does_not_answer(site: Site) -> None:

@@ -72,6 +72,7 @@ async def examine(settings: Settings, repos: Sequence[str] = ()) -> list[Finding
     return [
         *[await check(settings) for check in here],
         *await _store(settings),
+        *_named(settings),
         *[await check(settings) for check in (*ours, *there)],
         *[await reach.repository(settings, url) for url in repos],
     ]
@@ -135,7 +136,36 @@ async def _store(settings: Settings) -> list[Finding]:
         finally:
             await store.close()
     except FlowagentError as error:
-        return [Finding("store", "failed", str(error))]
+        said = str(error)
+        remedy = None if ";" in said else "see that its server runs, and compare: flowagent config show"
+        return [Finding("store", "failed", said, remedy)]
+
+
+def _named(settings: Settings) -> Iterator[Finding]:
+    """What settings name, and an agent refuses to start without, or does without: those that are set."""
+    from flowagent.daemon.hooks import Hooks
+    from flowagent.daemon.log import make_log
+    from flowagent.secrets import SecretProvider
+
+    if settings.hooks is not None:
+        try:
+            Hooks(settings.hooks, settings.hook_timeout, make_log(level="error")).check()
+            yield Finding("hooks", "ok", f"those in {settings.hooks} can be used")
+        except FlowagentError as error:
+            yield Finding("hooks", "failed", str(error))
+    if settings.notify_key is not None:
+        try:
+            SecretProvider(settings.home).get(settings.notify_key)
+            yield Finding("notify", "ok", f"the secret {settings.notify_key} is there")
+        except FlowagentError as error:
+            elsewhere = "unless the agent's service has it as a credential, which this command cannot see"
+            yield Finding("notify", "note", f"no agent starts without the key: {error}", elsewhere)
+    missing = [str(path) for path in settings.import_paths if not path.is_dir()]
+    if missing:
+        why = f"nothing is imported from {', '.join(missing)}: no such directory"
+        yield Finding("imports", "note", why, "make it, or correct import_paths")
+    elif settings.import_paths:
+        yield Finding("imports", "ok", "the directories of import_paths are there")
 
 
 @contextmanager
@@ -160,7 +190,10 @@ async def _launcher(settings: Settings) -> Finding:
             finally:
                 await runner.close()
     except (FlowagentError, OSError) as error:
-        return Finding("launcher", "failed", f"flow processes cannot be started: {error}")
+        remedy = "see that the disk has room, and that its home is on one that programs may be executed from"
+        if "cannot preload" in str(error):
+            remedy = f"install what preload names where {sys.executable} finds it, or correct preload"
+        return Finding("launcher", "failed", f"flow processes cannot be started: {error}", remedy)
     return Finding("launcher", "ok", "flow processes can be started")
 
 
@@ -180,13 +213,19 @@ async def _limits(settings: Settings) -> Finding:
     from flowagent.runtime import cgroups
 
     found = cgroups.find()
-    if not all(cgroups.limits(found, controller) for controller in (cgroups.MEMORY, cgroups.PIDS)):
-        return Finding(
-            "limits",
-            "note",
-            "not both memory and processes have control groups: the others are watched, often",
-            "start the agent by its systemd unit, which has Delegate=yes",
+    words = {cgroups.MEMORY: "memory", cgroups.PIDS: "processes"}
+    missing = [word for controller, word in words.items() if not cgroups.limits(found, controller)]
+    if missing:
+        why = f"no control groups here for {' and '.join(missing)}: watched, several times a second"
+        remedy = (
+            "have the agent started by systemd: flowagent systemd install, and read what it logs at its start"
         )
+        if "memory" in missing:
+            remedy += (
+                "; the kernel limits each run's memory with systemd 254 or newer, and before that all runs "
+            )
+            remedy += "together, by MemoryMax= of the unit"
+        return Finding("limits", "note", why, remedy)
     return Finding("limits", "ok", f"by control groups: {', '.join(sorted(found))}")
 
 

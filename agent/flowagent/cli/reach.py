@@ -128,7 +128,11 @@ async def docker(settings: Settings) -> Finding:
             await engine.close()
     except FlowagentError as error:
         why = str(error) if needed else f"{error}: only --runner docker needs one"
-        remedy = "start it: systemctl start docker" if needed else None
+        remedy = (
+            "start it: systemctl start docker"
+            if needed
+            else "for that: apt-get install docker.io, or set engine"
+        )
         return Finding("docker", "failed" if needed else "note", why, remedy)
     return Finding("docker", "ok", f"engine {version.get('Version')} at {engine.url}")
 
@@ -139,9 +143,18 @@ async def kubernetes(settings: Settings, environ: Mapping[str, str] = os.environ
 
     needed = settings.runner == "kubernetes"
     bad = "failed" if needed else "note"
-    if not (needed or environ.get("KUBERNETES_SERVICE_HOST") or client.kubeconfig(environ)):
-        why = "neither in a cluster nor with a kubeconfig: only runs in pods need it"
-        return Finding("kubernetes", "note", why)
+    if not (environ.get("KUBERNETES_SERVICE_HOST") or client.kubeconfig(environ)):
+        unless = "" if needed else ": only runs in pods need it"
+        if named := environ.get("KUBECONFIG"):
+            why = f"KUBECONFIG names {named}, and there is no such file{unless}"
+            return Finding("kubernetes", bad, why, "correct KUBECONFIG, or unset it")
+        why = f"neither in a cluster nor with a kubeconfig{unless}"
+        return Finding(
+            "kubernetes",
+            bad,
+            why,
+            "set KUBECONFIG, or start the agent in a pod: flowagent kubernetes manifest",
+        )
     try:
         cluster = client.Cluster(settings.namespace, settings.context, environ)
         try:
@@ -153,7 +166,9 @@ async def kubernetes(settings: Settings, environ: Mapping[str, str] = os.environ
     except TimeoutError:
         return Finding("kubernetes", bad, f"no answer within {SHORT:g} s", "check the network")
     except FlowagentError as error:
-        return Finding("kubernetes", bad, str(error))
+        return Finding(
+            "kubernetes", bad, str(error), "compare with: kubectl cluster-info; kubectl auth whoami"
+        )
     where = f"{version.get('gitVersion')} at {cluster.url}, namespace {cluster.namespace}"
     if missing:
         why = f"{where}: an agent may not {', '.join(missing)}"
