@@ -268,13 +268,14 @@ def _unknown(key: str, what: str, known: list[str]) -> str:
 def _misplaced(key: str, value: Any, what: str) -> str | None:
     """The error of a key in the file that is known, though not there or not so."""
     table, _, name = key.rpartition(".")
+    hint = None
     if table and name in TOP_LEVEL:
-        return f"{what} {key} is unknown; {name} belongs at the top of the file, above [agent]"
-    if isinstance(value, dict) and not table and (nearest := _close(key, ("agent", "ssh"), 0.5)):
-        return f"{what} {_shown(key)} is unknown; did you mean [{nearest[0]}]?"
-    if name in kinds.LIMITS:
-        return f"{what} {key} is unknown; did you mean max = {{ {name} = … }} below [agent]?"
-    return None
+        hint = f"{name} belongs at the top of the file, above [agent]"
+    elif isinstance(value, dict) and not table and (nearest := _close(key, ("agent", "ssh"), 0.5)):
+        hint = f"did you mean [{nearest[0]}]?"
+    elif name in kinds.LIMITS:
+        hint = f"did you mean max = {{ {name} = … }} below [agent]?"
+    return f"{what} {_shown(key)} is unknown; {hint}" if hint else None
 
 
 def _shown(key: str) -> str:

@@ -31,6 +31,14 @@ STREAM = (
 )
 
 
+def test_fields_and_cells_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "ValueError: \x1b[31mred\x07 \x9b2J\n\u202e"
+    output.print_fields([("reason", evil), ("none", None)])
+    output.print_table(["reason"], [[evil]], empty="")
+    harmless = "ValueError: ^[[31mred^G \\x9b2J \\u202e"
+    assert capsys.readouterr().out == f"reason: {harmless}\nREASON\n{harmless}\n"
+
+
 def _shown(stream: bytes, step: int, *, terminal: bool) -> str:
     out = io.BytesIO()
     console = Console(out, terminal=terminal)

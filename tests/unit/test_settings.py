@@ -75,6 +75,7 @@ def test_every_kind_of_value_from_the_environment(tmp_path: Path) -> None:
         ("labels = []", {}, {}, r"key labels is unknown; did you mean agent.labels"),
         ("[agent]\nstore = 'x'", {}, {}, r"key agent.store is unknown; store belongs at the top of the file"),
         ("[agent]\ncache = '/x'", {}, {}, r"key agent.cache is unknown; cache belongs at the top"),
+        ('"a\\nb.memory" = 1', {}, {}, r"key 'a\\nb.memory' is unknown; did you mean max = { memory"),
         ("[agnet]\nlimit = 3", {}, {}, r"key agnet is unknown; did you mean \[agent\]\?"),
         ("[sssh.h]\nkey = '/k'", {}, {}, r"key sssh is unknown; did you mean \[ssh\]\?"),
         (
@@ -288,6 +289,8 @@ def test_sources_may_be_kept_elsewhere(tmp_path: Path) -> None:
         ("env", {"SAS": "https://h/c?sv=1&sig=hunter2&se=2"}, {"SAS": "https://h/c?sv=1&sig=***&se=2"}),
         ("env", {"A": "x=1 y=token=hunter2 password = hunter2"}, {"A": "x=1 y=token=*** password = ***"}),
         ("env", {"A": 'design=1 PGPASSWORD="hunter 2"'}, {"A": "design=1 PGPASSWORD=***"}),
+        ("env", {"A": "'secret' = 'hunter2' b"}, {"A": "'secret' = *** b"}),
+        ("env", {"HDR": "Cookie: session=hunter2"}, {"HDR": "Cookie: ***"}),
         ("token_hosts", ("auth.example.com:8443",), ["auth.example.com:8443"]),
         ("volumes", ("/etc/keys:/keys:ro",), ["/etc/keys:/keys:ro"]),
         ("notify_key", "HOOK_KEY", "HOOK_KEY"),

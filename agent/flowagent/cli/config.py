@@ -17,12 +17,12 @@ from flowagent.cli.session import Command, Session, json_option, pass_session
 
 MASK = "***"
 SECRETIVE = re.compile(
-    r"pass|secret|token|key|credential|auth|pwd|signature|(?<![a-z])sig(?![a-z])", re.IGNORECASE
+    r"pass|secret|token|key|credential|auth|pwd|cookie|signature|(?<![a-z])sig(?![a-z])", re.IGNORECASE
 )
 """Names whose values are not shown."""
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _URL = re.compile(r"([a-z][a-z0-9+.-]{0,40}://)(\S+)", re.IGNORECASE)
-_PAIR = re.compile(r"(?<![\w.%+-])([\w.%+-]+)\s*=\s*")
+_PAIR = re.compile(r"""(?<![\w.%+-])([\w.%+-]+)["']?\s*=\s*""")
 _PAIR_VALUE = re.compile(rf"{_QUOTED}|[^&\s]*")
 _MEMBER = re.compile(r"""(?<=["'])([\w.-]+)\\*["']\s*:\s*""")
 _MEMBER_VALUE = re.compile(rf"{_QUOTED}|[^,}}\]]*")
@@ -92,7 +92,7 @@ def mask_text(text: str) -> str:
     """A text without what looks secret in it: in URLs, in ``NAME=VALUE`` pairs, in headers and in JSON."""
     if text.lstrip().startswith(("{", "[")):
         with suppress(ValueError, RecursionError):
-            return json.dumps(_masked_json(json.loads(text)), ensure_ascii=False)
+            return json.dumps(_masked_json(json.loads(text)))
     text = _SCHEME.sub(rf"\1 {MASK}", _URL.sub(_without_login, text))
     for name, value in ((_PAIR, _PAIR_VALUE), (_MEMBER, _MEMBER_VALUE), (_HEADER, _HEADER_VALUE)):
         text = _mask_values(text, name, value)
