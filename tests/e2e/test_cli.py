@@ -695,6 +695,8 @@ def test_doctor(home: Path) -> None:
     assert {findings[check]["level"] for check in ("python", "home", "store", "clock", "launcher")} == {"ok"}
     done = cli(home, "--store", "sqlite:////proc/nothing.db", "doctor")
     assert done.returncode == 1 and "failed  store" in done.stdout
+    done = cli(home, "--store", f"sqlite:///{home}/none/x.db", "doctor")
+    assert f"there is no store at {home}/none/x.db" in done.stdout and not (home / "none").exists()
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -127,7 +127,9 @@ async def _store(settings: Settings) -> list[Finding]:
     from flowagent.store import open_store
 
     try:
-        store = await open_store(settings.store)
+        # one in a file that somebody named is not made on the way: it may be a slip of the pen
+        create = "store" not in settings.origins or not settings.store.startswith("sqlite:")
+        store = await open_store(settings.store, create=create)
         try:
             await store.ping()
             await store.depart("no agent of this name")  # a write that changes nothing

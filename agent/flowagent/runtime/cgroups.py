@@ -1,6 +1,6 @@
 """Control groups: the kernel's own accounts and limits of an attempt's processes, where we may have any.
 
-Version 2 where a subtree is delegated to us, as a systemd unit with ``Delegate=yes`` has it; version 1
+Version 2 where a subtree is delegated to us, as a systemd unit with ``Delegate=`` has it; version 1
 where this user may write there, which is root. Moving a process into a group takes the kernel over 10 ms, so
 a supervisor moves once, at its start, into a group of its own; what it forks is born there.
 """
