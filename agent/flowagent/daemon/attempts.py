@@ -95,9 +95,7 @@ class Attempt:
         self.ended = False
         self._executed = executed
         self._plan: dict[str, Json] | None = None  # as handed over, if it was by this process
-        self._secrets: Mapping[
-            str, str
-        ] = {}  # of those that the flow declares, the values, once they were read
+        self._secrets: Mapping[str, str] = {}  # that the flow declares, once they were read
         self._preparing = anyio.CancelScope()
         self._log = services.log.bind(run_id=run.id, attempt=number, flow=spec.name)
 
