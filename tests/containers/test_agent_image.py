@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +144,36 @@ def boxed(engine: Engine, image: str, server: SshServer, request: pytest.Fixture
         engine.docker("rm", "-fv", name)
 
 
+@pytest.fixture
+def composed(engine: Engine, image: str, server: SshServer, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """docker-compose with the file as it is, but for a key that the version of Debian does not know: name."""
+    if shutil.which("docker-compose") is None:
+        pytest.fail("needs docker-compose: apt-get install docker-compose")
+    engine.docker("tag", image, "flowagent")
+    file = tmp_path / "docker" / "compose.yaml"
+    file.parent.mkdir()
+    file.write_text((ROOT / "docker/compose.yaml").read_text().replace("\nname: flowagent\n", "\n"))
+    environment = {
+        **os.environ,
+        "DOCKER_HOST": f"unix://{engine.socket}",
+        "DOCKER_SOCKET": str(engine.socket),
+        "DOCKER_GID": str(os.stat(engine.socket).st_gid),
+        "SSH_DIR": str(server.directory),
+        "COMPOSE_PROJECT_NAME": "flowagent",
+    }
+
+    def compose(*arguments: str) -> str:
+        command = ["docker-compose", "-f", str(file), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        yield compose
+    finally:
+        compose("--profile", "docker", "down", "--volumes", "--timeout", "20")
+
+
 def by_ssh(server: SshServer, config: str) -> str:
     # what follows the host is the way to the repositories
     return FLOW.format(
@@ -173,6 +203,28 @@ def test_the_docker_runner_from_within_a_container(boxed: Boxed, server: SshServ
     boxed.command("register", "/tmp/flow.py")
     assert "out of flow.py False" in boxed.command("logs", boxed.run("by-ssh"))
     until(lambda: engine.containers() == [])
+
+
+def test_compose_starts_what_the_documentation_says(engine: Engine, composed: Callable[..., str]) -> None:
+    composed("up", "-d")
+    (agent,) = composed("ps", "-q").split()
+    boxed = Boxed(engine, agent)
+    until(lambda: "live" in engine.docker("exec", agent, "flowagent", "agents", "--here", code=None), 60)
+    boxed.write("/tmp/flow.py", FLOW.format(name="f", storage="Local(stored_as_script=True)", config="None"))
+    boxed.command("register", "/tmp/flow.py")
+    first = boxed.run("f")
+    assert "out of flow.py False" in boxed.command("logs", first)
+
+    composed("up", "-d", "--force-recreate")  # the store and the agent's name are what they were
+    (again,) = composed("ps", "-q").split()
+    assert again != agent
+    boxed = Boxed(engine, again)
+    until(lambda: "live" in engine.docker("exec", again, "flowagent", "agents", "--here", code=None), 60)
+    assert boxed.state(first) == "completed"
+    assert [each["name"] for each in json.loads(boxed.command("agents", "--json"))] == ["flowagent"]
+
+    composed("up", "-d", "docker-agent")
+    until(lambda: "flowagent-docker" in boxed.command("agents"), 60)
 
 
 @pytest.mark.parametrize("resolve", ["agent", "container"])
