@@ -156,7 +156,6 @@ def limits(value: Any) -> dict[str, float | None]:
     unlimited = [name for name, text in value.items() if isinstance(text, str) and text.lower() == "none"]
     given = {name: _number(text) for name, text in value.items() if name not in unlimited}
     try:
-        declarations.limits(dict.fromkeys(unlimited, 1), "max")
         return {**declarations.limits(given, "max"), **dict.fromkeys(unlimited)}
     except FlowError as error:
         raise UsageError(str(error).removeprefix("max: ")) from None

@@ -12,6 +12,7 @@ from flowagent import kinds
 from flowagent.errors import SettingsError, UsageError, one_line
 
 PREFIX = "FLOWAGENT_"
+DEFAULT_HOME = Path("~/.flowagent")
 FILE = "config.toml"
 TOP_LEVEL = ("home", "store", "cache", "ssh")
 """Keys of the configuration file outside of its ``[agent]`` table."""
@@ -177,7 +178,7 @@ def load(
         for key, value in flags.items()
     }
     above = environment | given
-    home = above["home"][0] if "home" in above else Path("~/.flowagent").expanduser()
+    home = above["home"][0] if "home" in above else DEFAULT_HOME.expanduser()
     path = config or home / FILE
     file = {key: (value, f"file {path}") for key, value in _from_file(config, path).items()}
     found = file | above

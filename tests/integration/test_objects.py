@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import anyio
 import pytest
 from benches import Bench
 from tests import gate as gates
+from tests.room import files_of_at_most
 
 from flowagent.backend import Artifact, Backend, Revision
 from flowagent.errors import BackendError, SourceCacheError, StorageNotFoundError, StorageTransientError
@@ -354,17 +354,6 @@ async def test_a_slow_body_ends_with_the_patience_of_the_cache(
     assert kept_nothing(tmp_path)
 
 
-@contextmanager
-def little_room(size: int) -> Iterator[None]:
-    """No file of this process gets larger."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 async def test_no_room_for_what_comes(bench: Bench, backend: ObjectBackend, tmp_path: Path) -> None:
     """It is this machine that has to be mended, not the store."""
     data = os.urandom(2 << 20)
@@ -372,7 +361,7 @@ async def test_no_room_for_what_comes(bench: Bench, backend: ObjectBackend, tmp_
     reference = await put(bench, "r", data)
     revision = await backend.resolve(storage)
     bench.gate.requests.clear()
-    with little_room(1 << 20):
+    with files_of_at_most(1 << 20):
         with pytest.raises(SourceCacheError, match=r"was not published in .*: File too large; check that"):
             await SourceCache(tmp_path / "cache").acquire(backend, storage, revision)
         with pytest.raises(OSError, match="File too large"):

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.forges import gitlab, server
 from tests.forges.repository import BareRepository
+from tests.room import files_of_at_most
 
 from flowagent import Flow, Parameter, Secret, flow, settings, task
 from flowagent.errors import BackendError, StorageNotFoundError, UsageError
@@ -194,17 +193,6 @@ async def test_values_of_secrets_are_nowhere(
     assert found.version.spec.secrets == ("OTHER", "TOKEN")
     for path in home.home.rglob("*"):
         assert not path.is_file() or b"hunter2" not in path.read_bytes()
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A disk without room, as far as a process can tell that needs no rights for it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 NO_ROOM = (

@@ -84,13 +84,13 @@ def _for_all(program: str, labels: Sequence[str], name: str | None, root: Path) 
 
 
 def _for_user(program: str, labels: Sequence[str], session: Session) -> list[str]:
+    from flowagent.settings import DEFAULT_HOME
+
     base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     settings = session.settings()
     config = settings.config or settings.home / "config.toml"
     unit = _unit("user/flowagent.service", program)
-    variables = (
-        {} if settings.home == Path("~/.flowagent").expanduser() else {"FLOWAGENT_HOME": settings.home}
-    )
+    variables = {} if settings.home == DEFAULT_HOME.expanduser() else {"FLOWAGENT_HOME": settings.home}
     if settings.config is not None:
         variables["FLOWAGENT_CONFIG"] = settings.config
     for name, path in variables.items():
