@@ -37,6 +37,7 @@ from flowagent.errors import BackendError, StorageTransientError, one_line
 
 __all__ = [
     "AsyncClient",
+    "Counted",
     "Downloaded",
     "Headers",
     "Request",
@@ -256,21 +257,18 @@ async def download(
         if response.status_code != 200:
             body = await _body(request, response, BODY_LIMIT)
             return Downloaded(response.status_code, response.headers, body=body)
-        digest, size = hashlib.sha256(), 0
+        digest, size, counted = hashlib.sha256(), 0, Counted(advance)
         try:
             async with written(file) as target:
                 async for chunk in _decoded(request, response, request.limit):
                     size += len(chunk)
                     if size > request.limit:
-                        size -= len(chunk)
                         raise _too_much(using, request)
                     digest.update(chunk)
                     await target.write(chunk)
-                    if advance is not None:
-                        advance(len(chunk))
+                    counted(len(chunk))
         except BaseException:
-            if advance is not None:
-                advance(-size)
+            counted.take_back()
             with suppress(OSError):
                 os.unlink(file)
             raise
@@ -351,7 +349,7 @@ async def _follow(using: AsyncClient, request: Request, progress: _Sent) -> Resp
         headers["content-length"] = str(size).encode()
     for _ in range(REDIRECTS):
         encoded = [(name.encode(), value) for name, value in headers.items()]
-        progress.restart()
+        progress.take_back()
         body = None if content is None else _Streamed(content, progress)
         try:
             sent = using.build_request(method, url, headers=encoded, params=params, content=body)
@@ -479,37 +477,42 @@ class _Streamed(httpx.AsyncByteStream):
             for start in range(0, len(self._content), CHUNK):
                 chunk = self._content[start : start + CHUNK]
                 yield chunk
-                self._progress.advance(len(chunk))
+                self._progress(len(chunk))
             self._content = b""  # a response and its request refer to each other, and are not freed at once
             return
         async with aiofiles.open(self._content, "rb") as file:
             while chunk := await file.read(CHUNK):
                 yield chunk
-                self._progress.advance(len(chunk))
+                self._progress(len(chunk))
 
 
-class _Sent:
-    """How much of a body was sent, told to whoever waits for it; what is sent again counts once."""
+class Counted:
+    """Tells of progress, and can take it back: what is sent or fetched again counts once."""
 
     def __init__(self, advance: Callable[[int], None] | None) -> None:
         self._advance = advance or (lambda amount: None)
         self._amount = 0
-        self.queued = False
-        """Whether it waits for others to the same origin, and has not begun."""
+
+    def __call__(self, amount: int) -> None:
+        self._amount += amount
+        self._advance(amount)
+
+    def take_back(self) -> None:
+        if self._amount:
+            self(-self._amount)
+
+
+class _Sent(Counted):
+    """How much of a body was sent."""
+
+    queued = False
+    """Whether it waits for others to the same origin, and has not begun."""
 
     def late(self) -> str:
         """Why there is no answer in time."""
         if self.queued:
             return f"{MOST_CONNECTIONS} other requests to it have not ended in time"
         return "it did not answer in time"
-
-    def advance(self, amount: int) -> None:
-        self._amount += amount
-        self._advance(amount)
-
-    def restart(self) -> None:
-        if self._amount:
-            self.advance(-self._amount)
 
 
 # -- bodies --------------------------------------------------------------------------------------------

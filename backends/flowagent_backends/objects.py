@@ -24,7 +24,7 @@ from anyio import to_thread
 from flowagent.backend import Artifact, BackendContext, Entry, Features, Revision
 from flowagent.errors import BackendError, SecretError, StorageTransientError, one_line
 from flowagent.flows.names import slug
-from flowagent.http import TooLargeError
+from flowagent.http import Counted, TooLargeError
 from flowagent.models import Json
 from flowagent_backends import artifacts, declared
 from flowagent_backends.answers import understood
@@ -109,21 +109,6 @@ class Upload:
     new: bool = False
     instead_of: str | None = None
     metadata: tuple[tuple[str, str], ...] = ()
-
-
-class Counted:
-    """Tells of progress, and can take it back: what is sent or fetched again counts once."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance = advance
-        self._amount = 0
-
-    def __call__(self, amount: int) -> None:
-        self._amount += amount
-        self._advance(amount)
-
-    def take_back(self) -> None:
-        self(-self._amount)
 
 
 class ObjectBackend(ABC):

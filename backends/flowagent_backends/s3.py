@@ -14,12 +14,11 @@ import anyio
 from flowagent.backend import BackendContext, Features
 from flowagent.errors import BackendError, StorageNotFoundError, StorageTransientError, one_line
 from flowagent.flows.results import S3Result
-from flowagent.http import TooLargeError, shown, written
+from flowagent.http import Counted, TooLargeError, shown, written
 from flowagent.models import Json
 from flowagent_backends import aws, objects
 from flowagent_backends.objects import (
     MARK,
-    Counted,
     Head,
     ObjectBackend,
     Replaced,

@@ -390,12 +390,18 @@ REFUSALS = {
 }
 
 
-async def test_an_upload_that_cannot_be_taken_back_is_told_of_by_its_own_error(
-    bench: S3Bench, backend: S3Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def in_parts(bench: S3Bench, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A value that is uploaded in parts."""
     monkeypatch.setattr(objects, "PART", 5 << 20)
     file = bench.home / "value"
     file.write_bytes(bytes(6 << 20))
+    return file
+
+
+async def test_an_upload_that_cannot_be_taken_back_is_told_of_by_its_own_error(
+    bench: S3Bench, backend: S3Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = in_parts(bench, monkeypatch)
     bench.gate.when("DELETE", "uploadId", gates.status(404, REFUSALS[404]))
     bench.gate.when("POST", "uploadId", gates.status(412, REFUSALS[412]), times=1)
     # another run put it there meanwhile, or nobody did: that is looked at, as the store says it is taken
@@ -407,9 +413,7 @@ async def test_an_upload_that_cannot_be_taken_back_is_told_of_by_its_own_error(
 async def test_an_upload_that_cannot_be_taken_back_is_cancelled_all_the_same(
     bench: S3Bench, backend: S3Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "PART", 5 << 20)
-    file = bench.home / "value"
-    file.write_bytes(bytes(6 << 20))
+    file = in_parts(bench, monkeypatch)
     bench.gate.when("DELETE", "uploadId", gates.status(500))
     bench.gate.when("PUT", "uploadId", gates.hang)
     with anyio.move_on_after(60) as scope:
