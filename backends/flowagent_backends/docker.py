@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import sys
@@ -18,7 +17,7 @@ from anyio import to_thread
 from flowagent.backend import Artifact, BackendContext, Entry, Features, Revision
 from flowagent.docker import Engine, EngineError, Reference, images, parse
 from flowagent.docker.client import explained
-from flowagent.docker.credentials import registry_auth
+from flowagent.docker.credentials import build_auth, registry_auth
 from flowagent.docker.references import HUB
 from flowagent.errors import BackendError, FlowagentError, StorageNotFoundError, UsageError
 from flowagent.flows.names import slug
@@ -106,7 +105,7 @@ class DockerBackend(CodeOnly):
         engine = self._engine(storage)
         context = await to_thread.run_sync(Context.of, storage, artifact)
         if not storage.get("local_image") and storage.get("dockerfile") is None:
-            await self._have(engine, context.base)
+            await self._have(engine, context.bases[0])
         image_id, python = await self._build(engine, storage, context, image)
         here = [sys.version_info[0], sys.version_info[1]]
         if python is not None and python != here:
@@ -160,7 +159,8 @@ class DockerBackend(CodeOnly):
         options = storage.get("build_kwargs") or {}
         params = {"t": str(image), "rm": 1, "forcerm": 1, "dockerfile": context.dockerfile_name}
         params |= {QUERY[name]: _flag(value) for name, value in options.items()}
-        headers = {"Content-Type": "application/x-tar", "X-Registry-Config": await self._logins(context.base)}
+        logins = await build_auth(map(_registry, context.bases), self._context.environ)
+        headers = {"Content-Type": "application/x-tar", "X-Registry-Config": logins}
         lines: deque[str] = deque(maxlen=LAST_LINES)
         image_id, python = "", None
         with tempfile.TemporaryFile() as archive:
@@ -203,9 +203,11 @@ class DockerBackend(CodeOnly):
         return None
 
     def _failed(self, image: Reference, said: str, lines: deque[str]) -> BackendError:
+        what = f"Docker: {image} could not be built"
+        pulling = lines and " : from " in lines[-1].lower()  # what fails then is said by a registry
+        why = str(images.failure(what, said)) if pulling else f"{what}: {explained(said.strip())}"
         before = " | ".join(line for line in lines if not line.startswith("--->"))
-        why = explained(said.strip()) + (f"; it said: {before}" if before else "")
-        return BackendError(f"Docker: {image} could not be built: {why}"[:2000])
+        return BackendError(f"{why}{f'; it said: {before}' if before else ''}"[:2000])
 
     async def _push(self, engine: Engine, image: Reference) -> str:
         with self._context.progress(f"pushing {image}") as advance:
@@ -226,15 +228,6 @@ class DockerBackend(CodeOnly):
                 raise failure from None
             raise StorageNotFoundError(str(failure)) from None
 
-    async def _logins(self, base: str) -> str:
-        """Credentials for what the build pulls, as the engine takes them."""
-        try:
-            registry = parse(base).registry
-        except UsageError:
-            registry = HUB
-        auth = json.loads(base64.urlsafe_b64decode(await registry_auth(registry, self._context.environ)))
-        return base64.urlsafe_b64encode(json.dumps({registry: auth} if auth else {}).encode()).decode()
-
 
 def _image(storage: Mapping[str, Json], flow_name: str) -> Reference:
     """The name of the image: as declared, else of the flow and the time."""
@@ -249,6 +242,14 @@ def _parse(image: str) -> Reference:
         return parse(image)
     except UsageError as error:
         raise BackendError(f"Docker: {error}") from None
+
+
+def _registry(base: str) -> str:
+    """Where the engine pulls a base image from."""
+    try:
+        return parse(base).registry
+    except UsageError:
+        return HUB
 
 
 def _flag(value: Json) -> Json:

@@ -7,9 +7,10 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 from typing import IO
 
 from flowagent import ground
@@ -29,10 +30,10 @@ LINK_OR_NOTHING = "is neither a file nor a directory; correct files="
 
 @dataclass
 class Context:
-    """One build. ``digest`` is of all that goes in besides flow and runtime; ``base`` the first image."""
+    """One build. ``digest`` is of all that goes in besides flow and runtime; ``bases``: its images."""
 
     storage: Mapping[str, Json]
-    base: str
+    bases: Sequence[str]
     digest: str
     flow_path: str = ""
     flow_sha256: str | None = None
@@ -52,15 +53,17 @@ class Context:
                 digest.update(f"{path}\0{file.relative_to(path)}\0".encode(errors="surrogateescape"))
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        base = storage.get("base_image") or f"python:{version}-slim"
+        bases = [storage.get("base_image") or f"python:{version}-slim"]
         if storage.get("dockerfile"):
-            base = _first_image(Path(storage["dockerfile"]))
+            bases = _bases(
+                Path(storage["dockerfile"]), (storage.get("build_kwargs") or {}).get("buildargs") or {}
+            )
         else:
             try:
-                parse(base)
+                parse(bases[0])
             except UsageError as error:
                 raise BackendError(f"Docker: base_image: {error}") from None
-        return cls(storage, base, digest.hexdigest())
+        return cls(storage, bases, digest.hexdigest())
 
     @classmethod
     def of(cls, storage: Mapping[str, Json], artifact: Artifact) -> Context:
@@ -87,7 +90,7 @@ class Context:
         if storage.get("dockerfile"):
             lines = [Path(storage["dockerfile"]).read_text("utf-8").rstrip()]
         else:
-            lines = [f"FROM {self.base}"]
+            lines = [f"FROM {self.bases[0]}"]
         for name, value in (storage.get("env_vars") or {}).items():
             escaped = value.replace("\\", "\\\\").replace('"', '\\"')
             lines.append(f'ENV {name}="{escaped}"')
@@ -145,13 +148,19 @@ def _files(path: Path) -> list[Path]:
     raise BackendError(f"Docker: {path} {'does not exist' if not path.exists() else LINK_OR_NOTHING}")
 
 
-def _first_image(dockerfile: Path) -> str:
-    """The image that a Dockerfile begins with, for the credentials to pull it with."""
+def _bases(dockerfile: Path, arguments: Mapping[str, Json]) -> list[str]:
+    """The images that a Dockerfile builds on, for the credentials to pull them with."""
+    found, known = [], {}
     for line in dockerfile.read_text("utf-8").splitlines():
-        words = [word for word in line.split() if not word.startswith("--")]
-        if len(words) > 1 and words[0].upper() == "FROM":
-            return words[1]
-    raise BackendError(f"Docker: {dockerfile} has no FROM; give it one, or use base_image=")
+        instruction, *words = [word for word in line.split() if not word.startswith("--")] or [""]
+        if words and instruction.upper() == "ARG":
+            name, _, default = words[0].partition("=")
+            known[name] = arguments.get(name, default)
+        elif words and instruction.upper() == "FROM":
+            found.append(Template(words[0]).safe_substitute(known))
+    if not found:
+        raise BackendError(f"Docker: {dockerfile} has no FROM; give it one, or use base_image=")
+    return found
 
 
 def _nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:

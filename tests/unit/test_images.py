@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flowagent.docker import parse
-from flowagent.docker.credentials import registry_auth
+from flowagent.docker.credentials import build_auth, registry_auth
 from flowagent.docker.images import failure
 from flowagent.errors import BackendError, UsageError
 
@@ -56,7 +57,7 @@ def test_only_whole_names_are_allowed() -> None:
     assert not parse("ghcr.io.evil.example/acme/x").allowed(["ghcr.io"])
 
 
-def told(header: str) -> dict[str, str]:
+def told(header: str) -> dict[str, Any]:
     return dict(json.loads(base64.urlsafe_b64decode(header)))
 
 
@@ -73,6 +74,13 @@ async def test_credentials_are_those_of_the_registry_and_of_no_other(tmp_path: P
     assert told(await registry_auth("docker.io", environ))["identitytoken"] == "t"
     assert told(await registry_auth("r.example.evil", environ)) == {}
     assert told(await registry_auth("r.example", {"DOCKER_CONFIG": str(tmp_path / "none")})) == {}
+
+
+async def test_a_build_gets_those_of_the_registries_that_it_pulls_from(tmp_path: Path) -> None:
+    auths = {name: {"identitytoken": name} for name in ("docker.io", "r.example", "other.example")}
+    (tmp_path / "config.json").write_text(json.dumps({"auths": auths}))
+    found = told(await build_auth(["docker.io", "r.example", "no.example"], {"DOCKER_CONFIG": str(tmp_path)}))
+    assert sorted(found) == ["https://index.docker.io/v1/", "r.example"]
 
 
 async def test_credential_helpers_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

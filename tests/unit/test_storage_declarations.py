@@ -17,7 +17,18 @@ from flowagent.flows.declarations import Declaration
 from flowagent.flows.results import format_location, result_from_json, serializer_named
 from flowagent.results import JSONSerializer, LocalResult, PickleSerializer
 from flowagent.run_configs import DockerRun, KubernetesRun, LocalRun, RunConfig, UniversalRun
-from flowagent.storage import Azure, Bitbucket, CodeCommit, GitHub, GitLab, Local, Module, Storage, Webhook
+from flowagent.storage import (
+    Azure,
+    Bitbucket,
+    CodeCommit,
+    Docker,
+    GitHub,
+    GitLab,
+    Local,
+    Module,
+    Storage,
+    Webhook,
+)
 
 DECLARATIONS: list[Declaration] = [
     Local(),
@@ -175,6 +186,7 @@ def test_durations_may_be_timedeltas() -> None:
         (lambda: UniversalRun(retries=True), "whole number; got True"),
         (lambda: UniversalRun(image="x"), "no argument 'image'; only DockerRun"),
         (lambda: LocalRun(sandbox="none"), "one of process, landlock, namespace"),
+        (lambda: Docker(build_kwargs={"buildargs": ["A=1"]}), "buildargs of build_kwargs takes a dict"),
         (lambda: DockerRun(ports=[0]), "from 1 to 65535"),
         (lambda: DockerRun(volumes="/a:/b"), "list of 'source:target"),
         (lambda: DockerRun(host_config={"x": object()}), "JSON data only"),

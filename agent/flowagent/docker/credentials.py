@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,30 @@ async def registry_auth(registry: str, environ: Mapping[str, str] = os.environ) 
     """The value of the header X-Registry-Auth for a registry; that of nobody if there are no credentials.
 
     :raises BackendError: the file or the helper is broken."""
+    return _header(await _credentials(registry, environ))
+
+
+async def build_auth(registries: Iterable[str], environ: Mapping[str, str] = os.environ) -> str:
+    """The value of the header X-Registry-Config for a build that pulls from these registries.
+
+    :raises BackendError: the file or a helper is broken."""
+    found = {registry: await _credentials(registry, environ) for registry in sorted(set(registries))}
+    # the engine knows the hub by its first name only (Engine API, ImageBuild)
+    return _header({HUB_KEYS[0] if name == HUB else name: login for name, login in found.items() if login})
+
+
+async def _credentials(registry: str, environ: Mapping[str, str]) -> dict[str, str]:
     path, config = read(environ)
     keys = HUB_KEYS if registry == HUB else (registry, f"https://{registry}", f"https://{registry}/v1/")
     helpers, store = config.get("credHelpers") or {}, config.get("credsStore")
     for key in keys:
         helper = helpers.get(key) or store
         if helper and (found := await _from_helper(str(helper), key)):
-            return _header({**found, "serveraddress": key})
+            return {**found, "serveraddress": key}
         entry = (config.get("auths") or {}).get(key)
         if entry and (found := _from_entry(entry, path)):
-            return _header({**found, "serveraddress": key})
-    return _header({})
+            return {**found, "serveraddress": key}
+    return {}
 
 
 def _from_entry(entry: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -77,5 +90,5 @@ async def _from_helper(helper: str, key: str) -> dict[str, str]:
     return {"identitytoken": secret} if user == "<token>" else {"username": user, "password": secret}
 
 
-def _header(credentials: Mapping[str, str]) -> str:
+def _header(credentials: Mapping[str, Any]) -> str:
     return base64.urlsafe_b64encode(json.dumps(dict(credentials)).encode()).decode()

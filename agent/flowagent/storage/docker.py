@@ -155,5 +155,7 @@ def _build(value: Mapping[str, Any] | None) -> dict[str, Any]:
     for name in value or {}:
         if name not in _BUILD:
             raise FlowError(f"storage Docker: build_kwargs has no {name!r}; known are {', '.join(_BUILD)}")
+    if not isinstance((value or {}).get("buildargs", {}), Mapping):
+        raise FlowError("storage Docker: buildargs of build_kwargs takes a dict of strings")
     checked: dict[str, Any] = plain(dict(value or {}), "storage Docker: build_kwargs")
     return checked
