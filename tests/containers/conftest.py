@@ -55,12 +55,11 @@ def yard(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[S
     site.close()
 
 
-def start(site: Site, *options: str) -> None:
+def start(site: Site, *options: str, networks: tuple[str, ...] = ("none",)) -> None:
     site.start(
         "--runner",
         "docker",
-        "--network",
-        "none",
+        *(word for name in networks for word in ("--network", name)),
         "--image",
         machinery.PYTHON,
         "--max",

@@ -143,3 +143,21 @@ def test_arguments_of_the_right_type(tmp_path: Path) -> None:
     allowing.check(config)
     host = allowing.container("sha256:0", ["python3"], config, {}, None)["HostConfig"]
     assert host["ShmSize"] == 1 << 30 and [each["Target"] for each in host["Mounts"]] == ["/x", "/y"]
+
+
+def test_what_no_flow_can_change_cannot_be_allowed(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="SecurityOpt: it is the same for all containers"):
+        rules(tmp_path, allow_host_config=("SecurityOpt",))
+    with pytest.raises(SandboxError, match="asks for CapDrop in its host_config: it is the same for all"):
+        rules(tmp_path).check({"host_config": {"CapDrop": []}})
+
+
+def test_what_was_allowed_goes_before_what_the_agent_has(tmp_path: Path) -> None:
+    allowing = rules(
+        tmp_path, allow_host_config=("NetworkMode", "MemorySwap"), networks=("a", "b"), max={"memory": "1G"}
+    )
+    asked = {"host_config": {"NetworkMode": "own", "MemorySwap": -1, "Memory": 4 << 30}}
+    allowing.check(asked)
+    host = allowing.container("sha256:0", ["python3"], asked, {}, None)["HostConfig"]
+    assert (host["NetworkMode"], host["MemorySwap"], host["Memory"]) == ("own", -1, 1 << 30)
+    assert allowing.networks(asked) == ("own",) and allowing.networks({}) == ("a", "b")

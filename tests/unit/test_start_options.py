@@ -9,20 +9,21 @@ import pytest
 from flowagent.cli.app import run as main
 from flowagent.cli.start import RUNNERS_OF, start
 from flowagent.daemon.service import Service
+from flowagent.settings import Settings
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The runners of agents that were started, none of which does anything."""
-    runners: list[str] = []
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
+    """The settings of agents that were started, none of which does anything."""
+    settings: list[Settings] = []
 
     async def nothing(service: Service) -> int:
-        runners.append(service._settings.runner)
+        settings.append(service._settings)
         return 0
 
     monkeypatch.setattr(Service, "run", nothing)
     monkeypatch.setenv("FLOWAGENT_HOME", str(tmp_path))
-    return runners
+    return settings
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     ],
 )
 def test_an_option_of_another_runner_is_refused(
-    started: list[str], capsys: pytest.CaptureFixture[str], command: str, option: str, belongs: str
+    started: list[Settings], capsys: pytest.CaptureFixture[str], command: str, option: str, belongs: str
 ) -> None:
     assert main([*command.split(), *option.split()]) == 2
     said = capsys.readouterr().err
@@ -64,20 +65,34 @@ def test_an_option_of_another_runner_is_refused(
         "kubernetes start --namespace flows --image x --allow-write /y",
     ],
 )
-def test_those_of_its_own_are_taken(started: list[str], command: str) -> None:
+def test_those_of_its_own_are_taken(started: list[Settings], command: str) -> None:
     assert main(command.split()) == 0
     assert len(started) == 1
 
 
+@pytest.mark.parametrize(
+    ("runner", "options"),
+    [
+        ("docker", "-l x --network none --network b --no-pull --max memory=1G --env A=b --keep failed"),
+        ("kubernetes", "--name n --namespace flows --image x --image-pull-secret s --start-timeout 1m"),
+    ],
+)
+def test_a_runners_own_command_is_another_name(started: list[Settings], runner: str, options: str) -> None:
+    assert main([runner, "start", *options.split()]) == 0
+    assert main(["start", "--runner", runner, *options.split()]) == 0
+    one, other = started
+    assert one == other and one.runner == runner
+
+
 def test_the_runner_counts_wherever_it_was_set(
-    started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    started: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.toml").write_text('[agent]\nrunner = "docker"\nnamespace = "flows"\n')
     assert main(["start", "--network", "none"]) == 0
     monkeypatch.setenv("FLOWAGENT_RUNNER", "process")
     assert main(["start", "--network", "none"]) == 2
     assert main(["start"]) == 0  # a file may serve agents of several runners
-    assert started == ["docker", "process"]
+    assert [each.runner for each in started] == ["docker", "process"]
 
 
 def test_the_table_names_options_that_there_are() -> None:

@@ -37,6 +37,9 @@ class Rules:
         self._settings = settings
         self.limits = limits_of(settings)
         self._volumes = [Volume.parse(each, SettingsError).on_host() for each in settings.volumes]
+        for key in settings.allow_host_config:
+            if key in CONFINED:
+                raise SettingsError(f"--allow-host-config {key}: {FIXED}; leave it out")
 
     def check(self, config: Mapping[str, Json]) -> None:
         """:raises SandboxError: a run config asks for what this agent does not allow, or cannot be."""
@@ -45,6 +48,8 @@ class Rules:
         except FlowError as error:
             raise SandboxError(str(error)) from None
         for key in config.get("host_config") or {}:
+            if key in CONFINED:
+                raise SandboxError(f"the flow asks for {key} in its host_config: {FIXED}; leave it out")
             if key not in HARMLESS and key not in self._settings.allow_host_config:
                 raise SandboxError(
                     f"the flow asks for {key} in its host_config, which this agent does not allow; "
@@ -63,6 +68,11 @@ class Rules:
         if config.get("timeout"):
             asked["wall_time"] = min(config["timeout"], asked.get("wall_time", config["timeout"]))
         return self.limits.tightened(asked)
+
+    def networks(self, config: Mapping[str, Json]) -> tuple[str, ...]:
+        """What a container is in: the agent's networks, unless its flow was allowed to name one."""
+        named = (config.get("host_config") or {}).get("NetworkMode")
+        return (named,) if named else self._settings.networks or ("default",)
 
     def container(
         self,
@@ -85,11 +95,11 @@ class Rules:
             **CONFINED,
             "Mounts": [*mounts, *host.get("Mounts", ())],
             "CapAdd": host.get("CapAdd", []),
-            "NetworkMode": next(iter(self._settings.networks), host.get("NetworkMode", "default")),
+            "NetworkMode": self.networks(config)[0],
             "PidsLimit": limits.processes + SUPERVISION if limits.processes else 0,
         }
         if limits.memory:
-            host |= {"Memory": limits.memory, "MemorySwap": limits.memory}
+            host = {"MemorySwap": limits.memory, **host, "Memory": limits.memory}
         return {
             "Image": image,
             "Entrypoint": command,
@@ -141,3 +151,4 @@ CONFINED: Mapping[str, Any] = {
     "LogConfig": {"Type": "json-file", "Config": {"max-size": "1000g", "max-file": "1"}},
 }
 """What no run config can change."""
+FIXED = "it is the same for all containers of flows"

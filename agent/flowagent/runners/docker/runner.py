@@ -135,7 +135,7 @@ class DockerRunner:
         params = {"name": _name(order.run)}
         container = (await self._engine.call("POST", "/containers/create", params=params, body=body))["Id"]
         order.run.note({"container": container, "image": name, "program": command[0]})
-        for network in self._settings.networks[1:]:
+        for network in self._rules.networks(order.config)[1:]:
             await self._engine.call("POST", f"/networks/{network}/connect", body={"Container": container})
         if ground is not None:
             await self._grounds.keep(image, python, name)
