@@ -37,7 +37,17 @@ TOOLS = (
     "chown",
     "echo",
 )
-LEFT_OUT = ("test", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "__pycache__", "pydoc_data")
+LEFT_OUT = (
+    "test",
+    "idlelib",
+    "tkinter",
+    "turtledemo",
+    "lib2to3",
+    "ensurepip",
+    "__pycache__",
+    "pydoc_data",
+    "site-packages",
+)
 OF_WHEELS = ("libgcc_s.so.1", "libstdc++.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1")
 """Libraries that binaries from a package index expect everywhere."""
 PASSWD = (
@@ -79,6 +89,14 @@ def _copy(tar: tarfile.TarFile, path: Path, name: str | None = None) -> None:
     tar.add(path.resolve(), name or str(path).lstrip("/"), recursive=False)
 
 
+def _files_of(library: Path) -> Iterator[Path]:
+    """The files of a standard library but those that no flow needs."""
+    for file in sorted(library.rglob("*")):
+        left_out = set(file.relative_to(library).parts) & set(LEFT_OUT) or file.suffix == ".a"
+        if file.is_file() and not left_out:
+            yield file
+
+
 def _system(tar: tarfile.TarFile) -> None:
     for name, mode in (
         ("root", 0o700),
@@ -110,12 +128,25 @@ def with_python(path: Path, *more: Path) -> None:
         for program in programs:
             _copy(tar, program)
         _link(tar, "usr/bin/python3", "python3.11")
-        for file in sorted(library.rglob("*")):
-            if set(file.relative_to(library).parts) & set(LEFT_OUT) or not file.is_file():
-                continue
+        for file in _files_of(library):
             _copy(tar, file)
         extensions = sorted((library / "lib-dynload").glob("*.so"))
         for file in _libraries([*programs, *extensions]):
+            _copy(tar, file)
+
+
+def with_another(path: Path, interpreter: Path) -> None:
+    """Write a tar of an image whose Python is another one of this machine's, where it is here."""
+    ask = "import sys, sysconfig; print(sys.executable, sysconfig.get_path('stdlib'))"
+    said = subprocess.run([interpreter, "-c", ask], capture_output=True, text=True, check=True).stdout
+    program, library = map(Path, said.split())
+    unpacked = interpreter.parent / "root"  # see tests/interpreters
+    files = {interpreter, program, *_files_of(unpacked if unpacked.is_dir() else library)}
+    files |= set(_libraries([program, *library.glob("lib-dynload/*.so")]))
+    with tarfile.open(path, "w", dereference=True) as tar:
+        _system(tar)
+        _link(tar, "usr/bin/python3", str(interpreter))
+        for file in sorted(filter(Path.is_file, files)):
             _copy(tar, file)
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.containers import images
 from tests.containers.conftest import start
 from tests.containers.machinery import BARE, PYTHON, Engine, Registry
 from tests.containers.test_runs import text
 from tests.e2e.harness import Site, until
+from tests.e2e.test_interpreters import interpreters, version_of
 
 SCRIPT = """
 import os
@@ -62,6 +65,7 @@ def test_an_image_that_stays_here(site: Site, engine: Engine, as_script: bool) -
     )
     said = site.command("register", file)
     assert "stays on this machine's engine" in said.stderr and "Step 1/" in said.stderr
+    assert ("warning" in said.stderr) == (sys.version_info[:2] != (3, 11))
     start(site)
     run = site.submit("stays")
     shown = site.wait_for(run)
@@ -155,6 +159,18 @@ def test_a_flow_that_does_not_load_in_the_image_is_not_registered(site: Site) ->
     site.command("register", file)
     broken = script_text.replace("import os, helper", "import os, nowhere_to_be_found")
     assert "No module named" in site.command("register", site.write("needy.py", broken), code=1).stderr
+
+
+def test_another_python_in_the_image_is_warned_of(site: Site, engine: Engine, tmp_path: Path) -> None:
+    here = list(sys.version_info[:2])
+    versions = {python: version_of(python)[:2] for python in interpreters()}
+    another = next(python for python, version in versions.items() if version != here)
+    images.with_another(tmp_path / "image.tar", Path(another))
+    engine.docker("import", str(tmp_path / "image.tar"), "base/another:1")
+    file = script(site, "elsewhere", base="base/another:1", stored_as_script=True)
+    there, ours = (".".join(map(str, version)) for version in (versions[another], here))
+    said = site.command("register", file).stderr
+    assert f"has Python {there}, and the flow was registered by {ours}; a pickle may not load" in said
 
 
 def test_a_dockerfile_of_ones_own(site: Site) -> None:
