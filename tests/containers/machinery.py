@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from tests.containers import images
 
 PYTHON, BARE, OLD = "base/python:3.11", "base/bare:1", "base/old:1"
@@ -40,22 +41,28 @@ def check_programs() -> None:
 
 
 class Engine:
-    """dockerd below a directory, without a network of its own; containers live through its restarts."""
+    """dockerd below a directory, without a network of its own; containers live through its restarts. It
+    listens on TCP, too, for those who have ``certificates``."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.certificates = root / "certificates"
+        self.secure_url = f"tcp://127.0.0.1:{free_port()}"
         self.socket = root / "docker.sock"
         self.url = f"unix://{self.socket}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
+        if not self.certificates.exists():
+            certify(self.certificates)
+        ca, cert, key = (self.certificates / f"{name}.pem" for name in ("ca", "cert", "key"))
         with open(self.root / "log", "ab") as log:
             self._process = subprocess.Popen(
                 [
                     "dockerd", "--live-restore", "--iptables=false", "--ip6tables=false", "--bridge=none",
                     "--data-root", self.root / "data", "--exec-root", self.root / "exec",
-                    "--pidfile", self.root / "pid", "-H", self.url,
+                    "--pidfile", self.root / "pid", "-H", self.url, "-H", self.secure_url,
+                    "--tlsverify", "--tlscacert", ca, "--tlscert", cert, "--tlskey", key,
                 ],
                 stdout=log,
                 stderr=log,
@@ -169,6 +176,16 @@ class Registry:
         auth = base64.b64encode(f"{self.USER}:{password}".encode()).decode()
         (directory / "config.json").write_text(json.dumps({"auths": {self.name: {"auth": auth}}}))
         return {"DOCKER_CONFIG": str(directory)}
+
+
+def certify(directory: Path) -> None:
+    """Write an authority and a certificate of it, good for this machine and for whoever asks it."""
+    directory.mkdir(parents=True)
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(directory / "ca.pem")
+    issued = authority.issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
+    issued.private_key_pem.write_to_path(directory / "key.pem")
 
 
 def wait_for(condition: Callable[[], bool], timeout: float, why: Callable[[], str]) -> None:

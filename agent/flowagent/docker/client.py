@@ -32,7 +32,12 @@ FRAME = struct.Struct(">BxxxL")
 TROUBLE = 3
 """The stream in which the engine itself speaks."""
 MAKE_ROOM = "the engine's disk is full, make room: docker system prune"
-_FULL = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
+_WAYS_OUT = (
+    (re.compile(r"no space left|disk quota exceeded", re.IGNORECASE), MAKE_ROOM),
+    (re.compile(r"network \S+ not found"), "make it, docker network create, or name another"),
+    (re.compile(r"HTTP request to an HTTPS server"), "set DOCKER_TLS_VERIFY and DOCKER_CERT_PATH"),
+)
+"""What an engine says, and what to do then."""
 _OTHER_VERSION = re.compile(r"client version [\d.]+ is too (?:old|new)")
 
 
@@ -76,6 +81,7 @@ class Engine:
     def __init__(self, url: str | None = None, environ: Mapping[str, str] = os.environ) -> None:
         found = config.of_url(url, environ) if url else config.endpoint(environ)
         self.url = found.url
+        self._certificates = found.certificates
         scheme, _, rest = self.url.partition("://")
         options: dict[str, Any] = {"timeout": TIMEOUT}
         if scheme == "unix" and rest:
@@ -247,11 +253,13 @@ class Engine:
             yield _unframed(pieces)
 
     def _reaching(self) -> Any:
-        return http.transport_errors(
-            lambda why: EngineError(
-                f"the Docker engine at {self.url} cannot be reached: {why}; is it running?"
+        def error(why: str) -> EngineError:
+            ask = (
+                f"are the certificates in {self._certificates} for it?" if "SSL" in why else "is it running?"
             )
-        )
+            return EngineError(f"the Docker engine at {self.url} cannot be reached: {why}; {ask}")
+
+        return http.transport_errors(error)
 
 
 async def _objects(pieces: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
@@ -343,7 +351,8 @@ def _dotted(version: Version) -> str:
 
 
 def explained(said: str) -> str:
-    """What an engine says, and what to do if its disk is full."""
-    if MAKE_ROOM in said or not _FULL.search(said):
-        return said
-    return f"{said}; {MAKE_ROOM}"
+    """What an engine says, and what to do about it."""
+    for known, way_out in _WAYS_OUT:
+        if known.search(said) and way_out not in said:
+            return f"{said.rstrip('.')}; {way_out}"
+    return said
