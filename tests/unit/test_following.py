@@ -24,7 +24,8 @@ from flowagent.runtime.rundir import RunDirectory, boottime
 def directory(path: Path) -> RunDirectory:
     path.mkdir(exist_ok=True)
     run = RunDirectory(path / "run")
-    run.create({}, 0.0)
+    run.make()
+    run.hand_over({}, 0.0)
     return run
 
 

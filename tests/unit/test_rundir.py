@@ -12,7 +12,8 @@ from flowagent.runtime.rundir import RunDirectory, boottime
 @pytest.fixture
 def run(tmp_path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "r.1")
-    directory.create({"run_id": "r"}, boottime() + 60)
+    directory.make()
+    directory.hand_over({"run_id": "r"}, boottime() + 60)
     return directory
 
 

@@ -32,6 +32,7 @@ from flowagent.daemon.operations import Operations
 from flowagent.daemon.patience import patiently
 from flowagent.daemon.progress import logged
 from flowagent.daemon.webhook import Notices
+from flowagent.daemon.workshop import SPARE, Workshop
 from flowagent.errors import AgentError, FlowagentError, LeaseLostError, StoreError
 from flowagent.models import AgentInfo, Claims, FlowSpec, Held, Outcome, Run, State
 from flowagent.runners import make_runner
@@ -110,6 +111,7 @@ class Agent:
             watchers=self._operations.watchers,
             tally=self.tally,
             runs=self._identity.runs,
+            workshop=Workshop(self._identity.runs, settings.capacity, self.log),
             log=self.log,
         )
         self.disk = self._disk_guard()
@@ -268,6 +270,7 @@ class Agent:
             self._look_at_import_paths()
             async with anyio.create_task_group() as tasks:
                 await self._adopt(tasks)
+                tasks.start_soon(self._services.workshop.run)
                 tasks.start_soon(self._warm_up)
                 tasks.start_soon(self._keep_cache)
                 tasks.start_soon(self._services.lookout.run)
@@ -283,6 +286,7 @@ class Agent:
                 self.drained.set()
                 await self._services.notices.flush(FLUSH)
                 await self._operations.answered()
+                await self._services.workshop.close()
                 with anyio.move_on_after(1):  # else a launcher that it has just found is not told to end
                     await self._warm.wait()
                 tasks.cancel_scope.cancel()
@@ -523,6 +527,9 @@ class Agent:
         held = {(lease.run_id, lease.attempt): lease for lease in leases}
         for path in sorted(self._identity.runs.iterdir()):
             directory = RunDirectory(path)
+            if path.name.startswith(SPARE):
+                self._services.workshop.remove(directory)
+                continue
             run_id, _, number = path.name.rpartition(".")
             lease = held.pop((run_id, int(number)), None) if number.isdigit() else None
             if lease is None:
@@ -546,7 +553,7 @@ class Agent:
         """End and remove what is left of an attempt that is not ours any more."""
         self.log.info("clearing an old run directory", path=directory.path)
         await self._forbid(directory, "lease lost")
-        await anyio.to_thread.run_sync(directory.remove)
+        self._services.workshop.remove(directory)
 
     async def _warm_up(self) -> None:
         """Have the launcher running before the first run asks for it."""

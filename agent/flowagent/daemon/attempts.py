@@ -25,6 +25,7 @@ from flowagent.daemon.restoring import restore, results_of_repeated
 from flowagent.daemon.shipping import Shipper
 from flowagent.daemon.tally import Tally
 from flowagent.daemon.webhook import Notices
+from flowagent.daemon.workshop import Workshop
 from flowagent.errors import (
     BackendError,
     FlowagentError,
@@ -59,7 +60,8 @@ class Services:
     notices: Notices
     watchers: Watchers
     tally: Tally
-    runs: Path  # where run directories are made
+    runs: Path  # where run directories are
+    workshop: Workshop
     log: Log
 
 
@@ -193,8 +195,7 @@ class Attempt:
     async def _discard(self, *, failed: bool = False) -> None:
         """Remove the run directory, once nothing lives in it and nothing can."""
         await self._services.runner.forbid(self.directory, "not needed any more", failed=failed)
-        if not self.directory.remove_own():
-            await anyio.to_thread.run_sync(self.directory.remove)
+        self._services.workshop.remove(self.directory)
 
     # -- start -----------------------------------------------------------------------------------------
 
@@ -214,7 +215,8 @@ class Attempt:
             self._enter(journeys.START)
             order = self._order(revision, source, values)
             self._plan = services.runner.furnish(order, {**self._planned(revision), **rights})
-            self.directory.create(self._plan, self._deadline)
+            services.workshop.make(self.directory)
+            self.directory.hand_over(self._plan, self._deadline)
             await self._restore()
             if order.source is not None and order.source != source.directory:
                 await anyio.to_thread.run_sync(copy, source.directory, order.source)

@@ -47,7 +47,7 @@ def stand_by(
         _detach(parent)
         renew()
         if rehearses:
-            _rehearse()
+            rehearse()
         prepared.make_ready()
         packet, fds, _, _ = socket.recv_fds(connection, MAX_PACKET, 3)
         if not packet:
@@ -102,8 +102,9 @@ def _run(directory: RunDirectory, prepared: sandbox.Sandbox, limit: Limits, fds:
     return _run_flow(directory, prepared, limit, spec, outcome, secrets)
 
 
-def _rehearse() -> None:
-    """Run a flow of our own, so that the memory it takes need not be copied when somebody waits for it."""
+def rehearse() -> None:
+    """Run a flow of our own, which leaves all that flows need as they will need it: in memory that need not
+    be copied any more when somebody waits, with code that the interpreter has adapted to what it met."""
     null = os.open(os.devnull, os.O_WRONLY)
     path, modules = list(sys.path), set(sys.modules)
     source = {"kind": "script", "directory": os.path.dirname(__file__), "path": "rehearsal.py"}

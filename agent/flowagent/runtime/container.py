@@ -130,7 +130,8 @@ def lay_out(place: str, spec: dict[str, Any], deadline: float | None) -> RunDire
         bytecode=None,
         readable=[],
     )
-    run.create({}, deadline if deadline is not None else 0.0)
+    run.make()
+    run.hand_over({}, deadline if deadline is not None else 0.0)
     os.unlink(run.spec_path)
     os.symlink(f"/proc/self/fd/{_memory_file(spec)}", run.spec_path)
     return run

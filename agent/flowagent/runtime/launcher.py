@@ -37,7 +37,7 @@ from typing import Any
 from flowagent.flows.errors import FlowError
 from flowagent.runtime import cgroups, isolation, linux, sockets, supervisor
 from flowagent.runtime.sandbox import Rules, Sandbox
-from flowagent.runtime.warmth import preload, prepare_flows
+from flowagent.runtime.warmth import preload, prepare_flows, rehearse_flows
 
 IDLE_EXIT = 60.0
 """Seconds without a connection after which a launcher ends."""
@@ -319,6 +319,7 @@ def main(arguments: Sequence[str], idle_exit: float = IDLE_EXIT) -> None:
     except FlowError as error:
         sys.exit(str(error))
     prepare_flows()
+    rehearse_flows()
     read = Rules.from_json(rules)
     sandbox = Sandbox(read, isolates=isolation.possible(read.runs) is None)
     cgroups.sweep(dict(sandbox.rules.cgroups))

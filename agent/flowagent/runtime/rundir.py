@@ -73,10 +73,13 @@ class RunDirectory:
 
     # -- written by the agent --------------------------------------------------------------------------
 
-    def create(self, spec: dict[str, Any], deadline: float) -> None:
-        """Make the directory; ``spec.json`` comes last, so a directory without one was never handed over."""
+    def make(self) -> None:
+        """Make the directory, empty. :raises OSError: it is there, or cannot be made."""
         for directory in (self.path, self.work, self.home, self.tmp, self.results):
             os.mkdir(directory, 0o700)
+
+    def hand_over(self, spec: dict[str, Any], deadline: float) -> None:
+        """Write what is to be executed; ``spec.json`` comes last, so that it is whole where there is one."""
         self.write_lease(deadline)
         _write_atomically(self.spec_path, json.dumps(spec).encode())
 

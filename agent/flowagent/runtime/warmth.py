@@ -30,6 +30,9 @@ PRELOADED = (
 )
 """What nearly every flow process would import first."""
 
+REHEARSALS = 3
+"""After so many, more of them change next to nothing."""
+
 _handlers: list[dict[str, Any]] = []
 """What the standard library's modules wanted to be called for around forks."""
 _register = os.register_at_fork
@@ -75,6 +78,14 @@ def prepare_flows() -> None:
 
     child.prepare_signals()
     child.log_as_events()
+
+
+def rehearse_flows() -> None:
+    """Once where flow processes are forked: what each would write into its copy of the code is there then."""
+    from flowagent.runtime import child
+
+    for _ in range(REHEARSALS):
+        child.rehearse()
 
 
 def _settle() -> None:
