@@ -203,10 +203,15 @@ def _spec(
 def _with_template(run_config: dict[str, Json]) -> dict[str, Json]:
     """A job template in a file goes into the registry: the agent is on another machine.
 
-    :raises UsageError: it cannot be read."""
+    :raises UsageError: it cannot be read, or an agent could not."""
     path = run_config.get("job_template_path")
-    if path is None or "://" in path:
+    if path is None or path.startswith(("http://", "https://")):
         return run_config
+    if "://" in path:
+        raise UsageError(
+            f"job_template_path {path} is neither a file nor an http or https URL, which are all that can be "
+            "read; give what is in it as job_template="
+        )
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -27,7 +27,7 @@ from flowagent.registration import (
     summary,
 )
 from flowagent.results import LocalResult
-from flowagent.run_configs import DockerRun, LocalRun, UniversalRun
+from flowagent.run_configs import DockerRun, KubernetesRun, LocalRun, UniversalRun
 from flowagent.settings import Settings
 from flowagent.storage import GitLab, Local, Module
 
@@ -227,6 +227,25 @@ async def test_no_room_for_what_was_registered_before(
     with files_of_at_most(64), pytest.raises(UsageError, match=message):
         await open_registrar.register(Candidate(build()))
     assert not (await open_registrar.register(Candidate(build()))).created
+
+
+async def test_a_job_template_in_a_file_goes_along(open_registrar: Registrar, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("kind: Job\n")
+    found = await open_registrar.register(Candidate(build(run_config=KubernetesRun(path))))
+    assert found.version.spec.run_config["job_template"] == "kind: Job\n"
+    assert found.version.spec.run_config["job_template_path"] is None
+    path.unlink()
+    with pytest.raises(UsageError, match=r"job\.yaml cannot be read: No such file or directory; correct the"):
+        await open_registrar.register(Candidate(build(run_config=KubernetesRun(path))))
+
+
+async def test_a_job_template_stays_where_an_agent_reads_it(open_registrar: Registrar) -> None:
+    url = "https://example.com/job.yaml"
+    found = await open_registrar.register(Candidate(build(run_config=KubernetesRun(url))))
+    assert found.version.spec.run_config["job_template_path"] == url
+    with pytest.raises(UsageError, match=r"s3://b/job\.yaml is neither a file nor an http or https URL"):
+        await open_registrar.register(Candidate(build(run_config=KubernetesRun("s3://b/job.yaml"))))
 
 
 async def test_several_at_once(home: Settings) -> None:

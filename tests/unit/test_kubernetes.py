@@ -146,6 +146,18 @@ def test_a_flow_s_template_goes_over_the_agent_s() -> None:
     assert own["metadata"] == {"labels": {"team": "data"}}  # what was given stays as it was
 
 
+def test_pull_secrets_are_not_added_to_others() -> None:
+    def of(*given: dict[str, Any], **config: Any) -> Any:
+        found = made(*given, config=KubernetesRun(**config), image="a:1", image_pull_secrets=("option",))
+        return [each["name"] for each in found["spec"]["template"]["spec"]["imagePullSecrets"]]
+
+    own, asked = (_pod(imagePullSecrets=[{"name": name}]) for name in ("own", "asked"))
+    assert of() == ["option"]
+    assert of(own) == ["own"]
+    assert of(own, asked) == ["asked"]
+    assert of(own, asked, image_pull_secrets=["a", "b"]) == ["a", "b"]
+
+
 def test_a_variable_has_one_source() -> None:
     secret = {"secretKeyRef": {"name": "of-the-agent", "key": "a"}}
     own = _of_flow(env=[{"name": "A", "valueFrom": secret}, {"name": "B", "valueFrom": secret}])
@@ -562,6 +574,22 @@ def waiting(reason: str, message: str = "because") -> dict[str, Any]:
 
 
 UNSCHEDULABLE = [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"}]
+UNPULLED = {
+    "reason": "Failed",
+    "message": 'Failed to pull image "a:1": unauthorized: authentication required',
+    "lastTimestamp": "2026-01-01T00:00:09Z",
+}
+PULLED_BEFORE = {
+    "reason": "Failed",
+    "message": 'Failed to pull image "a:1": connection refused',
+    "lastTimestamp": "2026-01-01T00:00:01Z",
+}
+NAMED = "registry.example.com/flows@sha256:" + "0" * 64
+LONG = (
+    f'rpc error: code = NotFound desc = failed to pull and unpack image "{NAMED}": '
+    f'failed to resolve reference "{NAMED}": {NAMED}: not found'
+)
+"""As containerd has it."""
 MOUNT = {"reason": "FailedMount", "message": 'secret "my-ssh-key" not found', "lastTimestamp": "2026"}
 
 
@@ -569,6 +597,14 @@ MOUNT = {"reason": "FailedMount", "message": 'secret "my-ssh-key" not found', "l
     ("found", "events", "reason", "passes"),
     [
         (waiting("ImagePullBackOff"), [], "image a:1 cannot be pulled: because", False),
+        (waiting("ErrImagePull", LONG), [], "cannot be pulled: there is no such image (rpc error", False),
+        (
+            waiting("ImagePullBackOff", 'Back-off pulling image "a:1"'),
+            [UNPULLED, {**UNPULLED, "message": "Error: ImagePullBackOff"}, PULLED_BEFORE],
+            "image a:1 cannot be pulled: the registry refuses (unauthorized: authentication required); check "
+            "the name, and the Secret with its login: image_pull_secrets=",
+            False,
+        ),
         (waiting("InvalidImageName", ""), [], "image a:1 is no name of an image", False),
         (waiting("CreateContainerConfigError"), [], "its container cannot be configured: because", False),
         (pod(conditions=UNSCHEDULABLE), [], "no node takes its pod: 0/1 nodes are available", True),
@@ -595,6 +631,21 @@ MOUNT = {"reason": "FailedMount", "message": 'secret "my-ssh-key" not found', "l
 def test_obstacles(found: Any, events: list[dict[str, Any]], reason: str, passes: bool) -> None:
     obstacle = symptoms.obstacle(found, events)
     assert obstacle is not None and reason in obstacle.reason and obstacle.passes is passes
+
+
+@pytest.mark.parametrize(
+    ("found", "retryable"),
+    [
+        (waiting("ErrImagePull", "connection refused"), True),
+        (waiting("ErrImagePull", "unauthorized"), False),
+        (waiting("ErrImagePull", LONG), False),
+        (waiting("CreateContainerError"), True),
+        (waiting("CreateContainerConfigError"), False),
+    ],
+)
+def test_whether_another_try_can_help(found: Any, retryable: bool) -> None:
+    obstacle = symptoms.obstacle(found, [])
+    assert obstacle is not None and obstacle.retryable is retryable
 
 
 def test_no_obstacle() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import anyio
 import kubernetes_validate
 import pytest
 
+from flowagent import http
 from flowagent.cli import app
 from flowagent.errors import SandboxError, SettingsError, UsageError
 from flowagent.kubernetes import Cluster
@@ -19,6 +23,7 @@ from flowagent.kubernetes.manifest import RIGHTS, manifest
 from flowagent.kubernetes.names import account_of
 from flowagent.run_configs import KubernetesRun
 from flowagent.runners.kubernetes import KubernetesRunner
+from flowagent.runners.kubernetes.templates import TemplateError, fetch
 from flowagent.runners.protocol import Order
 from flowagent.runtime.rundir import RunDirectory, boottime
 from flowagent.settings import Settings
@@ -118,6 +123,43 @@ def test_the_agent_s_own_images_are_from_anywhere(agent: Callable[..., Agent], t
     assert images == ["own.example.com/b:1", FOREIGN["image"]]
     with pytest.raises(SandboxError, match=r"elsewhere.example.com/c:1 is from a registry"):
         agent(job_template=template, **limited).job(KubernetesRun(), stored="elsewhere.example.com/c:1")
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers with the status that is asked for."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.strip("/").partition("?")[0]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("status", "retryable"), [(404, False), (503, True)])
+def test_a_template_that_a_server_does_not_give(
+    status: int, retryable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "BACKOFF", 0.001)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{status}"
+        with pytest.raises(TemplateError) as refused:
+            anyio.run(fetch, f"{url}?key=hunter2")
+        server.shutdown()
+    reason = f"job template {url}: the server answers {status}; correct job_template_path"
+    assert (str(refused.value), refused.value.retryable) == (reason, retryable)
+
+
+def test_a_template_whose_server_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BACKOFF", 0.001)
+    with socket.socket() as held:  # and does not listen
+        held.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{held.getsockname()[1]}/a"
+        with pytest.raises(TemplateError, match=r"job template: .* cannot be reached") as refused:
+            anyio.run(fetch, f"{url}?key=hunter2")
+    assert refused.value.retryable and "hunter2" not in str(refused.value)
 
 
 USING = containers({"name": "flow", "envFrom": [{"secretRef": {"name": "nightly"}}]})

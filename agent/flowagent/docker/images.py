@@ -114,15 +114,16 @@ async def _transfer(
         raise failure(what, str(error)) from None
 
 
-def failure(what: str, said: str) -> ImageError:
-    """The error that an engine speaks of, with what to do about it. ``what`` failed."""
-    said = explained(" ".join(said.split())[:500])
+def failure(what: str, said: str, login: str = "log in: docker login") -> ImageError:
+    """The error that an engine speaks of, with what to do about it. ``what`` failed; ``login``: what helps
+    where the registry asks who one is."""
+    said = explained(" ".join(said.split())[:1000])  # names are repeated in it, and it ends with the reason
     if MAKE_ROOM in said:
         return ImageError(f"{what}: {said}")
     if _UNREACHABLE.search(said):
         return ImageError(f"{what}: the registry cannot be reached ({said}); try again later", retryable=True)
     if _DENIED.search(said):
-        return ImageError(f"{what}: the registry refuses ({said}); check the name, and log in: docker login")
+        return ImageError(f"{what}: the registry refuses ({said}); check the name, and {login}")
     if _MISSING.search(said):
         return ImageError(f"{what}: there is no such image ({said}); check its name and tag")
     return ImageError(f"{what}: {said}", retryable=True)

@@ -10,12 +10,14 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from flowagent.docker import images
 from flowagent.errors import one_line
 from flowagent.runners.kubernetes.jobs import FLOW
 
+PULLING, BACK_OFF = "ErrImagePull", "ImagePullBackOff"
 HOPELESS = {
-    "ErrImagePull": "image {image} cannot be pulled",
-    "ImagePullBackOff": "image {image} cannot be pulled",
+    PULLING: "image {image} cannot be pulled",
+    BACK_OFF: "image {image} cannot be pulled",
     "InvalidImageName": "image {image} is no name of an image",
     "ErrImageNeverPull": "image {image} is not on the node, and is not to be pulled",
     "ImageInspectError": "image {image} cannot be used",
@@ -42,6 +44,7 @@ OUT_OF_MEMORY = "OOMKilled"
 OVERDUE = 20.0
 """Seconds after the end of its grace when a pod that is still there is not ending any more."""
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
+TO_LOG_IN = "the Secret with its login: image_pull_secrets=, or --image-pull-secret of the agent"
 
 
 class Obstacle(NamedTuple):
@@ -98,7 +101,7 @@ def obstacle(pod: Mapping[str, Any] | None, events: Iterable[Mapping[str, Any]])
         for each in (*(statuses.get("initContainerStatuses") or ()), flow_status(pod)):
             waiting = (each.get("state") or {}).get("waiting")
             if waiting and waiting.get("reason") in HOPELESS:
-                return _hopeless(each, waiting)
+                return _hopeless(each, waiting, events)
             ended = (each.get("state") or {}).get("terminated")
             if each.get("name") != FLOW and ended and ended.get("exitCode"):
                 return Obstacle(
@@ -109,18 +112,33 @@ def obstacle(pod: Mapping[str, Any] | None, events: Iterable[Mapping[str, Any]])
             return Obstacle(f"no node takes its pod: {_said(scheduled)}", True)
     troubles = [event for event in events if event.get("reason") in TROUBLE]
     if troubles:
-        latest = max(
-            troubles, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or "")
-        )
-        return Obstacle(f"its pod does not come up: {_said(latest)}", True)
+        return Obstacle(f"its pod does not come up: {_said(max(troubles, key=_when))}", True)
     return None
 
 
-def _hopeless(status: Mapping[str, Any], waiting: Mapping[str, Any]) -> Obstacle:
-    reason = waiting["reason"]
-    what = HOPELESS[reason].format(image=status.get("image"))
-    said = _said(waiting)
+def _hopeless(
+    status: Mapping[str, Any], waiting: Mapping[str, Any], events: Iterable[Mapping[str, Any]]
+) -> Obstacle:
+    reason, image = waiting["reason"], status.get("image")
+    what = HOPELESS[reason].format(image=image)
+    said = one_line(str(waiting.get("message") or ""), 2000)
+    if reason in (PULLING, BACK_OFF):
+        if reason == BACK_OFF:  # which says no more than that: why, an event has said before
+            said = _why_unpulled(events, f'Failed to pull image "{image}": ') or said
+        error = images.failure(what, said, TO_LOG_IN)
+        return Obstacle(str(error), False, error.retryable)
+    said = one_line(said)
     return Obstacle(f"{what}: {said}" if said else what, False, reason not in FINAL)
+
+
+def _why_unpulled(events: Iterable[Mapping[str, Any]], prefix: str) -> str:
+    """What the node's engine said, if there are events of it; they begin with ``prefix``."""
+    told = [event for event in events if str(event.get("message")).startswith(prefix)]
+    return str(max(told, key=_when)["message"]).removeprefix(prefix) if told else ""
+
+
+def _when(event: Mapping[str, Any]) -> str:
+    return str(event.get("lastTimestamp") or event.get("eventTime") or "")
 
 
 def end(

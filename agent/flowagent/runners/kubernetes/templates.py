@@ -1,7 +1,8 @@
 """Job templates: read, checked, and laid over one another.
 
 A template is a part of a Job as ``kubectl`` takes it. Tables are merged; so are lists of things with names
-(containers, volumes), by name; variables are replaced by name, and everything else as a whole.
+(containers, volumes), by name; variables are replaced by name, and everything else, pull secrets too, as a
+whole.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowagent import http
-from flowagent.errors import FlowagentError, SettingsError, one_line
+from flowagent.errors import BackendError, FlowagentError, SettingsError, one_line
 
 MOST = 1 << 20
 """Bytes of a template: more than any object in a cluster may have."""
@@ -20,12 +21,16 @@ KEYS = {"volumeMounts": "mountPath", "ports": "containerPort", "tolerations": "k
 """By which key entries of lists are the same, where that is not their name."""
 REPLACED = frozenset({"env"})
 """Lists whose entries are not merged: a variable has one source, and a part of it could be of another's."""
+WHOLE = frozenset({"imagePullSecrets"})
+"""Lists that are not merged: a login is not used beside another that was named in its place."""
 
 
 class TemplateError(FlowagentError):
-    """A job template cannot be used; another try does not help."""
+    """A job template cannot be used; ``retryable`` says whether it may be later."""
 
-    retryable = False
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
 
 
 def parse(text: str | bytes, where: str) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 async def fetch(url: str) -> dict[str, Any]:
-    """A template from the web. :raises FlowagentError: it cannot be had, or is none."""
+    """A template from the web. :raises TemplateError: it cannot be had, or is none."""
     if not url.startswith(("http://", "https://")):
         raise TemplateError(
             f"job template {http.shown(url)}: only http and https can be read from here; "
@@ -75,9 +80,15 @@ async def fetch(url: str) -> dict[str, Any]:
         )
     async with http.client() as client:
         request = http.Request(what="job template", method="GET", url=url, limit=MOST)
-        response = await http.send(client, request)
-    if response.status_code != 200:
-        raise TemplateError(f"job template {http.shown(url)}: the server answers {response.status_code}")
+        try:
+            response = await http.send(client, request)
+        except BackendError as error:  # not of the flow's storage, as whoever reads it would think
+            raise TemplateError(str(error), retryable=error.retryable) from None
+    if (status := response.status_code) != 200:
+        raise TemplateError(
+            f"job template {http.shown(url)}: the server answers {status}; correct job_template_path",
+            retryable=status in http.TRANSIENT,
+        )
     return parse(response.content, f"job template {http.shown(url)}")
 
 
@@ -88,7 +99,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         known = found.get(key)
         if isinstance(known, Mapping) and isinstance(value, Mapping):
             found[key] = merged(known, value)
-        elif isinstance(known, list) and isinstance(value, list):
+        elif isinstance(known, list) and isinstance(value, list) and key not in WHOLE:
             found[key] = _merged_lists(known, value, KEYS.get(key, "name"), replace=key in REPLACED)
         else:
             found[key] = value
