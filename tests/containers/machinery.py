@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import trustme
 from tests.containers import images
@@ -121,15 +122,16 @@ class Engine:
 
 
 class Registry:
-    """docker-registry with one user."""
+    """docker-registry with one user, at an address of this machine."""
 
     USER, PASSWORD = "robot", "wall-e"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, address: str = "127.0.0.1") -> None:
         self.root = root
         root.mkdir(parents=True)
+        self.address = address
         self.port = free_port()
-        self.name = f"127.0.0.1:{self.port}"
+        self.name = f"{address}:{self.port}"
         users = subprocess.run(
             ["htpasswd", "-Bbn", self.USER, self.PASSWORD], capture_output=True, text=True, check=True
         )
@@ -164,9 +166,16 @@ class Registry:
 
     def _answers(self) -> bool:
         with suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            socket.create_connection((self.address, self.port), 1).close()
             return True
         return False
+
+    def forget(self, image: str) -> None:
+        """Delete an image, named by its digest."""
+        name, _, digest = image.removeprefix(f"{self.name}/").partition("@")
+        url = f"http://{self.name}/v2/{name}/manifests/{digest}"
+        login = (self.USER, self.PASSWORD)
+        assert httpx.delete(url, auth=login, trust_env=False).status_code == 202
 
     def login(self, directory: Path, password: str = PASSWORD) -> Mapping[str, str]:
         """Variables of somebody who has logged in."""

@@ -2,130 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import yaml
-from tests.containers import images
 from tests.containers.machinery import BARE
 from tests.containers.test_runs import text
 from tests.e2e.harness import Site, until
 from tests.gitservers import Repository, open_directory, sshd
 from tests.kubernetes.cluster import Cluster
-
-FLOWAGENT = "base/flowagent:1"
-AGENT, NAMESPACE = "agent", "flows"
-FLOW = """
-import json, os, signal, sys, time
-from flowagent import Flow, task
-from flowagent.run_configs import KubernetesRun
-from flowagent.storage import Local
-
-def mounting(volume):
-    container = {{"name": "flow", "volumeMounts": [{{"name": "v", "mountPath": "/volume"}}]}}
-    pod = {{"containers": [container], "volumes": [{{"name": "v", **volume}}]}}
-    return {{"spec": {{"template": {{"spec": pod}}}}}}
-
-MISSING = mounting({{"secret": {{"secretName": "missing"}}}})
-SMALL = mounting({{"emptyDir": {{"sizeLimit": "1Mi"}}}})
-
-@task
-def work():
-{body}
-
-with Flow({name!r}, storage=Local(stored_as_script=True, add_default_labels=False),
-          run_config=KubernetesRun({config})) as flow:
-    work()
-"""
-
-
-@pytest.fixture(scope="module")
-def field(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    """The cluster, with an image that has flowagent and a namespace for flows."""
-    archive = tmp_path_factory.mktemp("images") / "image.tar"
-    images.with_flowagent(archive)
-    cluster.node.docker("import", str(archive), FLOWAGENT)
-    archive.unlink()
-    cluster.namespace(NAMESPACE)
-    return cluster
-
-
-def objects(site: Site) -> list[dict[str, Any]]:
-    """What an agent in the cluster needs, as it is printed for people."""
-    printed = site.command(
-        "kubernetes", "manifest", "--name", AGENT, "--namespace", NAMESPACE, "--image", FLOWAGENT
-    )
-    return list(yaml.safe_load_all(printed.stdout))
-
-
-def prepare(site: Site, cluster: Cluster) -> None:
-    """Let agents of the site reach the cluster, with the rights that they need and no others."""
-    for each in objects(site):
-        if each["kind"] in ("Role", "RoleBinding", "ServiceAccount"):
-            cluster.apply(each)
-    token = cluster.service_account_token(NAMESPACE, AGENT)
-    mount = {"name": "sources", "mountPath": str(site.sources), "readOnly": True}
-    pod = {
-        "containers": [{"name": "flow", "volumeMounts": [mount]}],
-        "volumes": [{"name": "sources", "hostPath": {"path": str(site.sources)}}],
-    }
-    template = site.root / "template.yaml"
-    template.write_text(yaml.safe_dump({"kind": "Job", "spec": {"template": {"spec": pod}}}))
-    for path in (site.root, *site.root.parents):
-        path.chmod(path.stat().st_mode | 0o011) if path.stat().st_uid == os.getuid() else None
-    site.environment |= {"KUBECONFIG": str(cluster.kubeconfig(token, NAMESPACE))}
-
-
-def start(site: Site, *options: str) -> Any:
-    return site.start(
-        "--runner", "kubernetes", "--image", FLOWAGENT, "--job-template", str(site.root / "template.yaml"),
-        *options,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def yard(tmp_path_factory: pytest.TempPathFactory, field: Cluster) -> Iterator[Site]:
-    """A site with an agent at work, for tests that do not disturb one another."""
-    site = Site(tmp_path_factory.mktemp("yard"))
-    prepare(site, field)
-    start(site, "--grace", "1s", "--limit", "8", "--start-timeout", "6s")
-    yield site
-    site.close()
-    field.clear(NAMESPACE)
-
-
-@pytest.fixture
-def site(tmp_path: Path, field: Cluster) -> Iterator[Site]:
-    site = Site(tmp_path)
-    prepare(site, field)
-    yield site
-    site.close()
-    field.clear(NAMESPACE)
-
-
-def register(site: Site, name: str, body: str, config: str = "") -> None:
-    lines = "\n".join("    " + line for line in body.strip().splitlines())
-    path = site.sources / f"{name}.py"
-    path.write_text(FLOW.format(body=lines, name=name, config=config))
-    site.command("register", path)
-
-
-def job_of(run: str) -> str:
-    return f"flowagent-{run}.1"
-
-
-def jobs(cluster: Cluster) -> list[str]:
-    return [each["metadata"]["name"] for each in cluster.list("Job", NAMESPACE)]
-
-
-def begun(site: Site, run: str, word: str = "ready") -> None:
-    until(lambda: word in text(site, run), 40)
-
+from tests.kubernetes.flows import AGENT, NAMESPACE, begun, job_of, jobs, register, start
 
 # -- what comes out ------------------------------------------------------------------------------------
 
@@ -276,7 +164,7 @@ def test_twenty_pods_at_once(site: Site) -> None:
             "pass",
             "image='127.0.0.1:1/no/such:1'",
             "crashed",
-            "image 127.0.0.1:1/no/such:1 cannot be pulled: ",
+            "image 127.0.0.1:1/no/such:1 cannot be pulled: the registry cannot be reached",
         ),
         ("misnamed", "pass", "image='UPPER::case'", "crashed", "UPPER::case"),
         ("bare", "pass", f"image={BARE!r}", "crashed", "its image has no flowagent"),
