@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ def engine() -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
+        for left in ("data", "exec/netns/default"):  # mounted, by one that was started more than once
+            subprocess.run(["umount", "--lazy", root / left], capture_output=True)
         shutil.rmtree(root, ignore_errors=True)
 
 
