@@ -194,6 +194,26 @@ def test_whose_token_a_kubeconfig_has(tmp_path: Path) -> None:
         assert Cluster(environ={"KUBECONFIG": str(config)}).account == account
 
 
+def test_a_context_of_any_file(tmp_path: Path) -> None:
+    """As kubectl finds it; relative paths are those of its own file."""
+    here, there = tmp_path / "here" / "config", tmp_path / "there" / "config"
+    second = kubeconfig("second", tokenFile="token")
+    second["contexts"][0]["name"] = second["current-context"] = "y"
+    for path, content in ((here, kubeconfig("first")), (there, second)):
+        path.parent.mkdir()
+        path.write_text(json.dumps(content))
+    (there.parent / "token").write_text(token("system:serviceaccount:second:other"))
+    listed = {"KUBECONFIG": f"{tmp_path}/nowhere:{here}:{there}"}
+    assert Cluster(environ=listed).namespace == "first"
+    assert Cluster(context="x", environ=listed).namespace == "first"
+    found = Cluster(context="y", environ=listed)
+    assert found.namespace == "second" and found.account is not None and found.account.name == "other"
+    with pytest.raises(SettingsError, match=r"here/config:.*there/config cannot be used: .*'z' not found"):
+        Cluster(context="z", environ=listed)
+    here.write_text(json.dumps({**kubeconfig("first"), "current-context": ""}))
+    assert Cluster(environ=listed).namespace == "second"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -143,7 +143,7 @@ async def kubernetes(settings: Settings, environ: Mapping[str, str] = os.environ
 
     needed = settings.runner == "kubernetes"
     bad = "failed" if needed else "note"
-    if not (environ.get("KUBERNETES_SERVICE_HOST") or client.kubeconfig(environ)):
+    if not (environ.get("KUBERNETES_SERVICE_HOST") or client.kubeconfigs(environ)):
         unless = "" if needed else ": only runs in pods need it"
         if named := environ.get("KUBECONFIG"):
             why = f"KUBECONFIG names {named}, and there is no such file{unless}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -217,20 +217,20 @@ def _check(status: int, content: bytes) -> None:
 def _config(context: str | None, environ: Mapping[str, str]) -> SingleConfig:
     from lightkube.config.kubeconfig import KubeConfig
 
-    file = kubeconfig(environ)
+    files = kubeconfigs(environ)
     in_pod = environ.get("KUBERNETES_SERVICE_HOST") and (SERVICE_ACCOUNT / "token").exists()
-    if file is None and not in_pod:
+    if not files and not in_pod:
         raise SettingsError(
             "no Kubernetes cluster: this is no pod with a service account, and there is no kubeconfig; "
             "set KUBECONFIG to one"
         )
-    where = str(file or SERVICE_ACCOUNT)
-    by_file = file is not None and (bool(environ.get("KUBECONFIG")) or not in_pod)
+    by_file = files and (bool(environ.get("KUBECONFIG")) or not in_pod)
+    where = os.pathsep.join(map(str, files)) if by_file else str(SERVICE_ACCOUNT)
     try:
-        known: KubeConfig = (
-            KubeConfig.from_file(str(file)) if by_file else KubeConfig.from_service_account(SERVICE_ACCOUNT)
-        )
-        found = known.get(context)
+        if by_file:
+            found = _chosen([KubeConfig.from_file(str(file)) for file in files], context)
+        else:
+            found = KubeConfig.from_service_account(SERVICE_ACCOUNT).get(context)
         assert found is not None and found.user is not None, "it names no user"
         plugin = found.user.exec
         if plugin is not None and plugin.apiVersion == EXEC_VERSION:
@@ -238,6 +238,13 @@ def _config(context: str | None, environ: Mapping[str, str]) -> SingleConfig:
     except Exception as error:  # not YAML, a part of it missing, or not to be read
         raise SettingsError(f"{where} cannot be used: {_said(error)}; see kubectl config view") from error
     return found
+
+
+def _chosen(known: Sequence[KubeConfig], context: str | None) -> SingleConfig | None:
+    """The context that is named, or else the first current one, of whichever file has it."""
+    name = context or next((each.current_context for each in known if each.current_context), None)
+    holder = next((each for each in known if name in each.contexts), known[0])
+    return holder.get(name)
 
 
 def _account(config: SingleConfig) -> Account | None:
@@ -263,8 +270,8 @@ def _source(config: SingleConfig) -> str:
     return str(config.fname or SERVICE_ACCOUNT)
 
 
-def kubeconfig(environ: Mapping[str, str]) -> Path | None:
-    """The first kubeconfig there is of those that ``KUBECONFIG`` lists, or the usual one."""
+def kubeconfigs(environ: Mapping[str, str]) -> list[Path]:
+    """Those of the kubeconfigs that are there which ``KUBECONFIG`` lists, or the usual one."""
     listed = environ.get("KUBECONFIG") or "~/.kube/config"
     files = (Path(file).expanduser() for file in listed.split(os.pathsep) if file)
-    return next((file for file in files if file.exists()), None)
+    return [file for file in files if file.exists()]
