@@ -125,6 +125,11 @@ def test_the_agent_s_own_images_are_from_anywhere(agent: Callable[..., Agent], t
         agent(job_template=template, **limited).job(KubernetesRun(), stored="elsewhere.example.com/c:1")
 
 
+def test_an_image_that_no_cluster_can_get(agent: Callable[..., Agent]) -> None:
+    with pytest.raises(SandboxError, match=r"image sha256:0{12} is in no registry.* with registry_url="):
+        agent().job(KubernetesRun(), stored="sha256:" + "0" * 64)
+
+
 class Refusing(BaseHTTPRequestHandler):
     """Answers with the status that is asked for."""
 
