@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +84,12 @@ class Follower:
             return
         self._place(0)
         self._append(self._splitter.close())
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more can come: the supervisor has told how it ended. Who has sent a SIGKILL, others
+        may know better."""
+        return self.ended is not None and self.ended.get("signal") != signal.SIGKILL
 
     @property
     def last_line(self) -> str:

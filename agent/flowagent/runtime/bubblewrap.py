@@ -7,7 +7,6 @@ the warm one. Inside, it confines itself by Landlock as well.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -31,11 +30,11 @@ def execute(
     """Replace this process by bubblewrap, and that by ``program``. Descriptors ``fds`` stay open.
 
     :raises OSError: there is no bubblewrap."""
-    bwrap = shutil.which("bwrap", path=os.defpath) or shutil.which("bwrap") or "bwrap"
     for fd in fds:
         os.set_inheritable(fd, True)
     # Nothing of the flow's environment here: bubblewrap itself is not in the sandbox yet.
-    os.execve(bwrap, [bwrap, *arguments(rules, run, spec, memory), "--", *program], {"LANG": "C.UTF-8"})  # noqa: S606
+    environment = {"LANG": "C.UTF-8", "PATH": os.pathsep.join((os.defpath, os.environ.get("PATH", "")))}
+    os.execvpe("bwrap", ["bwrap", *arguments(rules, run, spec, memory), "--", *program], environment)  # noqa: S606
 
 
 def arguments(rules: Rules, run: RunDirectory, spec: Mapping[str, Any], memory: int | None) -> list[str]:

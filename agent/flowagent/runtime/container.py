@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -85,7 +84,7 @@ def main() -> NoReturn:
 
 
 def _serve(brief: Mapping[str, Any], commands: BinaryIO) -> int:
-    place = tempfile.mkdtemp(prefix="flowagent-")
+    place = _make_place()
     spec = brief["spec"]
     if brief["files"] is not None:
         spec["source"]["directory"] = os.path.join(place, "source")
@@ -94,6 +93,19 @@ def _serve(brief: Mapping[str, Any], commands: BinaryIO) -> int:
     secrets = _memory_file(brief["secrets"]) if brief["secrets"] else None
     control = threading.Thread(target=_obey, args=(commands, run, brief.get("said", "")), daemon=True)
     return execute(run, brief["limits"], brief["grace"], secrets, control)
+
+
+def _make_place() -> str:
+    """A directory of our own, where temporary files are; tempfile would first import half of the library.
+
+    :raises OSError: none can be made."""
+    for directory in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp"):  # noqa: S108 - the name cannot be guessed
+        if directory:
+            place = os.path.join(directory, f"flowagent-{os.urandom(8).hex()}")
+            with suppress(OSError):
+                os.mkdir(place, 0o700)
+                return place
+    raise OSError("there is no directory for temporary files: neither TMPDIR, nor /tmp, nor /var/tmp")
 
 
 def unpack(files: list[list[Any]], stream: BinaryIO, directory: str) -> None:
@@ -149,7 +161,6 @@ def execute(
 
     output = os.dup(1)
     os.dup2(2, 1)  # nothing but the relay writes there
-    warmth.preload([])
     warmth.prepare_flows()
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
@@ -205,6 +216,8 @@ def _memory_file(values: Mapping[str, Any]) -> int:
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("values", os.MFD_CLOEXEC)
     else:  # a Python that was built for a C library of before 2018
+        import tempfile
+
         with tempfile.TemporaryFile(dir=SHARED_MEMORY) as file:
             fd = os.dup(file.fileno())
     relay.write(fd, json.dumps(dict(values)).encode())

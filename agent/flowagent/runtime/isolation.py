@@ -9,7 +9,6 @@ for each socket.
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import stat
@@ -73,6 +72,8 @@ SHARED_MEMORY, TERMINALS = "/dev/shm", "/dev/pts"  # noqa: S108
 
 def covered(environ: dict[str, str] | os._Environ[str]) -> list[str]:
     """Paths that flows must not reach on this machine: those of SOCKETS, and such as are there now."""
+    import glob  # in the agent only
+
     found = [*SOCKETS, *(os.path.join(credentials.home(), name) for name in OF_USERS)]
     for pattern in TEMPORARY:
         found += glob.glob(pattern.format(uid=os.getuid()))

@@ -29,7 +29,6 @@ import stat
 import struct
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 LEASE_WIDTH = STOP_WIDTH = 32
@@ -48,8 +47,8 @@ def boottime() -> float:
 class RunDirectory:
     """One attempt's directory."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
         self.spec_path = self.path + "/spec.json"
         self.lease_path = self.path + "/lease"
         self.stop_path = self.path + "/stop"

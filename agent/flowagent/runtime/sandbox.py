@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import stat
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -119,6 +117,9 @@ def choose(floor: str, available: Mapping[str, str | None], minimum: str | None)
 
 
 def _bubblewrap_fails() -> str | None:
+    import shutil  # these two import much, which no flow process needs
+    import subprocess
+
     program = shutil.which("bwrap")
     if program is None:
         return "bubblewrap is not installed"

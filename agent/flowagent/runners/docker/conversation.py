@@ -121,7 +121,9 @@ class Conversation:
                     await self._follow(follower)
                 except BrokenLogError as error:
                     broken = str(error)
-                found = await self._engine.call("GET", f"/containers/{self.container}/json")
+                state: Mapping[str, Any] = {}
+                if not follower.done:
+                    state = (await self._engine.call("GET", f"/containers/{self.container}/json"))["State"]
             except EngineError as error:
                 if error.status == 404:
                     self._run.note(REMOVED)
@@ -135,9 +137,9 @@ class Conversation:
                 await self.kill()
                 self._run.note({"ended": True, "limit": str(error)})
                 return
-            if not found["State"]["Running"]:
+            if not state.get("Running"):
                 follower.close()
-                self._conclude(follower, found["State"], broken)
+                self._conclude(follower, state, broken)
                 return
             if broken:
                 await anyio.sleep(AGAIN)
@@ -148,6 +150,8 @@ class Conversation:
                 follower.feed(data)
                 if follower.began and not self._met:
                     self._meet(follower)
+                if follower.done:
+                    return  # an engine takes its time to say that a container has ended
 
     def _meet(self, follower: Follower) -> None:
         """The supervisor has spoken first. On another machine it waits for a lease in its own time."""
