@@ -106,7 +106,7 @@ def rehearse() -> None:
     """Run a flow of our own, which leaves all that flows need as they will need it: in memory that need not
     be copied any more when somebody waits, with code that the interpreter has adapted to what it met."""
     null = os.open(os.devnull, os.O_WRONLY)
-    path, modules = list(sys.path), set(sys.modules)
+    path = list(sys.path)
     source = {"kind": "script", "directory": os.path.dirname(__file__), "path": "rehearsal.py"}
     try:
         emitter = Emitter(null)
@@ -117,8 +117,6 @@ def rehearse() -> None:
     finally:
         os.close(null)
         sys.path[:] = path
-        for name in set(sys.modules) - modules:
-            del sys.modules[name]
 
 
 def _run_flow(
