@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import anyio
+import floors
 import psutil
 from main_job import COMMAND, PLAIN, Table, cpu_of, first_line_of, launchers_of, running_agent, supervisors_of
 
@@ -58,21 +59,6 @@ def warm_frames():
     import pandas
     print("at", time.time(), flush=True)
 """
-FORK = """\
-import os, time, gc
-gc.freeze()
-times = []
-for _ in range({rounds}):
-    read, write = os.pipe()
-    began = time.perf_counter()
-    if os.fork() == 0:
-        os.write(write, b"x")
-        os._exit(0)
-    os.read(read, 1)
-    times.append(time.perf_counter() - began)
-    os.wait()
-print(sorted(times)[len(times) // 2])
-"""
 
 
 class Site:
@@ -106,6 +92,15 @@ class Site:
             while reader.execute(query).fetchone()[0]:
                 await anyio.sleep(0.02)
         return time.time() - due
+
+
+def faults_of(agent: psutil.Process) -> int:
+    """Page faults so far of an agent's launchers, supervisors and all whom these have waited for."""
+    counted = 0
+    for process in (*launchers_of(agent), *supervisors_of(agent)):
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        counted += int(fields[7]) + int(fields[8])  # minflt and cminflt, see proc(5)
+    return counted
 
 
 def unshared(process: psutil.Process) -> float:
@@ -164,12 +159,6 @@ async def latencies(site: Site, rounds: int, table: Table) -> float:
     table.spread("submit -> first line, landlock", taken["landlock"], floor)
     table.spread("submit -> first line, process (no sandbox to speak of)", taken["process"], floor)
     table.spread("submit -> first line, namespace (bubblewrap)", taken["namespace"], floor)
-    done = subprocess.run(
-        [sys.executable, "-c", FORK.format(rounds=rounds)], capture_output=True, text=True, check=True
-    )
-    table.row(
-        "bare fork of a small interpreter -> its first byte, p50", float(done.stdout) * 1000, "ms", floor
-    )
     return floor
 
 
@@ -197,16 +186,29 @@ async def main() -> None:
             for launcher in launchers_of(agent):
                 table.row("RSS of its idle launcher", launcher.memory_info().rss / 2**20, "MB")
             await site.drained(50)
-            spent = cpu_of(agent)
+            spent, faults = cpu_of(agent), faults_of(agent)
             seconds = await site.drained(options.runs)
             await anyio.sleep(0.5)
             table.row("trivial runs due at once, --limit 8, fully recorded", options.runs / seconds, "runs/s")
             used = (cpu_of(agent) - spent) / options.runs * 1000
+            copied = (faults_of(agent) - faults) / options.runs
             table.row("CPU of all processes per run", used, "ms", floor)
+            table.row("page faults of a run: supervisor and flow process", copied, "")
             await concurrent(site, agent, table)
             if options.pandas:
                 await pandas(site, agent, options.rounds, floor, table)
         table.row("write transactions per run", await requests(site, 20), "")
+        plain = floors.scripts([sys.executable, str(site.root / "plain.py")], options.runs)
+        table.row("python flow.py, 8 at a time", plain.per_second, "runs/s")
+        table.row("CPU of python flow.py", plain.cpu * 1000, "ms", floor)
+        table.row("RSS of python flow.py", plain.rss, "MB")
+        forks = floors.forks(options.runs)
+        table.row(
+            "bare fork of a small interpreter -> its first byte, p50", forks.first_byte * 1000, "ms", floor
+        )
+        table.row("bare forks, 8 at a time", forks.per_second, "a second")
+        table.row("CPU of a bare fork", forks.cpu * 1000, "ms", floor)
+        table.row("to copy one page that a fork shares", forks.page * 1e6, "us")
 
 
 class _site(ExitStack):

@@ -33,6 +33,18 @@ FLOWS = """
     def wrong():
         pass
 
+    @flow(run_config=LocalRun(preload=["pandas"]))
+    def frames():
+        assert "pandas" in sys.modules, "it was not preloaded"
+        import io
+        import pandas
+        frame = pandas.DataFrame({"word": ["a", "b", "a"] * 5000, "number": range(15000)})
+        written = io.BytesIO()
+        frame.to_parquet(written)
+        sums = pandas.read_parquet(io.BytesIO(written.getvalue())).groupby("word")["number"].sum()
+        square = frame[["number"]].to_numpy(dtype=float).reshape(150, 100)
+        print("sums", *sums, (square @ square.T).shape)
+
     @flow
     def chance():
         ours = random.random()
@@ -73,9 +85,24 @@ def test_preloading(flows: Site) -> None:
     assert "warm" in flows.watch("warm")
 
 
+def test_pandas_is_preloaded_with_the_threads_of_its_libraries(flows: Site) -> None:
+    flows.start()
+    for _ in range(3):
+        assert "sums 74995000 37497500 (150, 150)" in flows.watch("frames")
+
+
 def test_a_module_that_starts_threads_cannot_be_preloaded(tmp_path: Path) -> None:
     (tmp_path / "threaded.py").write_text(
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "import threading, time\n"
+        "from flowagent.runtime import linux\n"
+        "linux.set_process_name('main')\n"
+        "def work():\n"
+        "    linux.set_process_name('worker')\n"
+        "    named.set()\n"
+        "    time.sleep(60)\n"
+        "named = threading.Event()\n"
+        "threading.Thread(target=work, daemon=True).start()\n"
+        "named.wait()\n"
     )
     code = "from flowagent.runtime.warmth import preload\npreload(['threaded'])"
     done = subprocess.run(
@@ -85,7 +112,7 @@ def test_a_module_that_starts_threads_cannot_be_preloaded(tmp_path: Path) -> Non
         text=True,
         check=False,
     )
-    assert "cannot preload threaded: 1 threads were left running" in done.stderr
+    assert "cannot preload threaded: threads were left running (worker)" in done.stderr
 
 
 def test_no_two_runs_have_the_same_chance(flows: Site) -> None:

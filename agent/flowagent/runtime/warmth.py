@@ -30,6 +30,8 @@ PRELOADED = (
 )
 """What nearly every flow process would import first."""
 
+FORK_SAFE = frozenset({"jemalloc_bg_thd"})
+"""Threads that a fork does no harm to: that of jemalloc, which comes with pyarrow, and so with pandas."""
 REHEARSALS = 3
 """After so many, more of them change next to nothing."""
 
@@ -64,10 +66,10 @@ def preload(modules: list[str]) -> None:
             raise FlowError(f"cannot preload {name}: {type(error).__name__}: {error}") from error
     if modules:
         _settle()
-        threads = len(os.listdir("/proc/self/task"))
-        if threads > 1:
+        threads = _threads()
+        if threads:
             raise FlowError(
-                f"cannot preload {', '.join(modules)}: {threads - 1} threads were left running, and "
+                f"cannot preload {', '.join(modules)}: threads were left running ({', '.join(threads)}), and "
                 "a process with threads cannot be forked safely; take out the one that starts them"
             )
 
@@ -94,6 +96,17 @@ def _settle() -> None:
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
+
+
+def _threads() -> list[str]:
+    """The names of threads of this process that do not see to themselves around a fork."""
+    found = []
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError), open(f"/proc/self/task/{thread}/comm") as file:
+            name = file.read().strip()
+            if int(thread) != os.getpid() and name not in FORK_SAFE:
+                found.append(name)
+    return sorted(found)
 
 
 def renew() -> None:
