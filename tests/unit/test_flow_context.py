@@ -16,7 +16,7 @@ import pytest
 
 import flowagent
 from flowagent import Flow, FlowError, Parameter, Secret, context, flow, get_logger, task
-from flowagent.flows.context import run_context
+from flowagent.flows.context import RunContext
 from flowagent.flows.observer import Observer
 
 
@@ -86,7 +86,7 @@ def test_what_tasks_see() -> None:
     with Flow("etl") as flow:
         Parameter("p", default=1)
         look.map([1, 2])
-    with run_context({"run_id": "r1", "attempt": 2}):
+    with RunContext({"run_id": "r1", "attempt": 2}):
         assert flow.execute({}, Observer()).is_successful()
     assert seen["look-1[1]"] == {
         "run_id": "r1",

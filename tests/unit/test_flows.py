@@ -9,7 +9,7 @@ import pytest
 
 from flowagent import Flow, FlowError, Parameter, Secret, Task, flow, task, triggers, unmapped
 from flowagent.flows.errors import ParameterError
-from flowagent.flows.loading import loading
+from flowagent.flows.loading import Loading
 from flowagent.flows.observer import Observer
 from flowagent.flows.states import State
 from flowagent.models import FlowSpec
@@ -256,7 +256,7 @@ def test_loading_makes_run_and_register_inert() -> None:
     def touch() -> None:
         calls.append(1)
 
-    with loading():
+    with Loading():
         assert touch.run() is None
         assert touch.register("project") is None
     assert calls == []

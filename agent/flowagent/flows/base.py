@@ -79,8 +79,9 @@ class BaseFlow:
         if not is_name(name):
             raise FlowError(f"a flow's name must be a printable, non-empty string; got {name!r}")
         self.name = name
-        refuse(f"flow {name!r}", (key for key, value in unknown.items() if value is not None), _INSTEAD)
-        refuse(f"flow {name!r}", (key for key in unknown if key not in _INSTEAD), _INSTEAD)
+        if unknown:
+            refuse(f"flow {name!r}", (key for key, value in unknown.items() if value is not None), _INSTEAD)
+            refuse(f"flow {name!r}", (key for key in unknown if key not in _INSTEAD), _INSTEAD)
         self.storage = storage
         self.run_config = run_config
         self.result = result
@@ -213,9 +214,12 @@ class BaseFlow:
 
     def _check(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The values of all parameters, defaults too. :raises ParameterError: one is unknown or missing."""
-        described = [parameter.describe() for parameter in self.parameters()]
+        known = self.parameters()
+        if not (known or parameters):
+            return {}
+        described = [parameter.describe() for parameter in known]
         given = check_parameters(described, parameters, self.name, must_be_json=False)
-        return {**{p.name: p.default for p in self.parameters()}, **given}
+        return {**{p.name: p.default for p in known}, **given}
 
     def _interrupted(self, state: State) -> bool:
         return isinstance(state.result, KeyboardInterrupt)

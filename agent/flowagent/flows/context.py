@@ -127,15 +127,20 @@ _ABSENT: Any = object()
 context = Context()
 
 
-@contextmanager
-def run_context(values: Mapping[str, Any]) -> Iterator[None]:
-    """Set the values of a run, also for threads that its tasks start on their own."""
-    global _run_values
-    with context(values):
-        own, outer = _values.get(), _run_values
-        _run_values = own
-        try:
-            yield
-        finally:
-            if _run_values is own:
-                _run_values = outer
+class RunContext:
+    """Sets the values of a run, also for threads that its tasks start on their own."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __enter__(self) -> None:
+        global _run_values
+        self._outer, self._values = _run_values, {**_current(), **self._values}
+        self._token = _values.set(self._values)
+        _run_values = self._values
+
+    def __exit__(self, *_: object) -> None:
+        global _run_values
+        if _run_values is self._values:
+            _run_values = self._outer
+        _values.reset(self._token)

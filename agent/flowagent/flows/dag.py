@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from flowagent.flows.base import BaseFlow
-from flowagent.flows.context import run_context
+from flowagent.flows.context import RunContext
 from flowagent.flows.errors import FlowError
 from flowagent.flows.graph import Node, Slugs, building, in_order, references, resolve
 from flowagent.flows.inputs import Input, Parameter, Secret
@@ -198,7 +198,7 @@ class Flow(BaseFlow):
         execution = Execution(observer, self.result, concurrency)
         outside = executing.set(None)
         try:
-            with run_context(values):
+            with RunContext(values):
                 states = Engine(nodes, execution).execute()
         finally:
             executing.reset(outside)

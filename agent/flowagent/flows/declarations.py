@@ -87,7 +87,7 @@ def is_name(value: object) -> bool:
 
 def names(value: Iterable[str] | None, what: str) -> tuple[str, ...]:
     """Labels or secret names: sorted, each once. :raises FlowError: not a collection of names."""
-    if value is None:
+    if value is None or value == ():
         return ()
     if isinstance(value, (str, bytes, Mapping)):
         raise FlowError(f"{what} takes a list of strings; got {value!r}")

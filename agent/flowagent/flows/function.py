@@ -7,7 +7,7 @@ from types import FunctionType
 from typing import Any, overload
 
 from flowagent.flows.base import BaseFlow
-from flowagent.flows.context import run_context
+from flowagent.flows.context import RunContext
 from flowagent.flows.errors import FlowError, Stop
 from flowagent.flows.graph import building
 from flowagent.flows.inputs import Parameter
@@ -77,7 +77,7 @@ class FunctionFlow(BaseFlow):
         execution = Execution(observer, self.result, concurrency, by_inputs=True)
         outside = executing.set(execution)
         try:
-            with run_context({"flow_name": self.name, "parameters": given}):
+            with RunContext({"flow_name": self.name, "parameters": given}):
                 try:
                     value = awaited(self.fn(**given))
                 except Stop:

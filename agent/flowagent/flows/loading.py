@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _lock = threading.Lock()
 _depth = 0
 
 
-@contextmanager
-def loading() -> Iterator[None]:
-    """Make ``run`` and ``register`` of every flow do nothing, in all threads of this process."""
-    global _depth
-    with _lock:
-        _depth += 1
-    try:
-        yield
-    finally:
+class Loading:
+    """Makes ``run`` and ``register`` of every flow do nothing, in all threads of this process."""
+
+    def __enter__(self) -> None:
+        global _depth
+        with _lock:
+            _depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _depth
         with _lock:
             _depth -= 1
 

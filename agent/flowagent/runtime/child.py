@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
-from flowagent.flows.context import context, run_context
+from flowagent.flows.context import RunContext, context
 from flowagent.flows.errors import FlowError, Stop
 from flowagent.flows.logs import get_logger
 from flowagent.flows.observer import Observer, Restored
@@ -32,6 +32,10 @@ STDIO = 3
 MAX_PACKET = 1 << 16
 MAX_REASON = 4000
 """Characters of a reason that are kept."""
+
+_inherited: dict[str, str] = {}
+"""The environment that flow processes are forked with."""
+_streams: list[io.TextIOWrapper] = []
 
 
 class Stopped(Stop):
@@ -65,7 +69,7 @@ def run_inside(arguments: Sequence[str]) -> NoReturn:
         spec_fd, outcome, secrets, rules = arguments
         with open(int(spec_fd), "rb") as file:
             spec = json.load(file)
-        prepare_signals()
+        prepare()
         # Mounts are bubblewrap's here, and the user and the limits are those that it was started with.
         rest = sandbox.Rules.from_json(rules)._replace(user=None, cgroups=())
         prepared = sandbox.Sandbox(rest, isolates=False)
@@ -95,7 +99,7 @@ def _run(directory: RunDirectory, prepared: sandbox.Sandbox, limit: Limits, fds:
     secrets = fds[2] if len(fds) > 2 else None
     os.dup2(output, 1)
     os.dup2(output, 2)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    linux.unblock_signals()
     spec = directory.read_spec()
     if spec["sandbox"] == sandbox.NAMESPACE:
         _enter_namespaces(directory, prepared, limit, spec, outcome, secrets)
@@ -110,7 +114,7 @@ def rehearse() -> None:
     source = {"kind": "script", "directory": os.path.dirname(__file__), "path": "rehearsal.py"}
     try:
         emitter = Emitter(null)
-        with run_context({"run_id": "", "parameters": {}, "attempt": 0, "secrets": {}}):
+        with RunContext({"run_id": "", "parameters": {}, "attempt": 0, "secrets": {}}):
             loaded = loader.load(source, "rehearsal")
             emitter.emit("loaded", flow=loaded.flow.name, sha256=loaded.sha256)
             loaded.flow.execute({}, _Observer(emitter, RunDirectory("/nonexistent")))
@@ -179,10 +183,14 @@ def _enter_namespaces(
     bubblewrap.execute(prepared.rules, directory, spec, limit.memory, program, kept)
 
 
-def prepare_signals() -> None:
-    """In the launcher, which is not bothered by these: what flow processes inherit. SIGPIPE stays ignored."""
+def prepare() -> None:
+    """In a process that flow processes are forked from: what they inherit. SIGPIPE stays ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, _stop)
+    _log_as_events()
+    _inherited.update(os.environ)
+    if not _streams:
+        _streams.extend(_make_streams())
 
 
 def _stop(*_: object) -> NoReturn:
@@ -207,18 +215,17 @@ def _settle(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
     environment.update(PYTHONUNBUFFERED="1", FLOWAGENT_RUN=f"{spec['run_id']}.{spec['attempt']}")
     if spec["sandbox"] != sandbox.CONTAINER:  # there they are of this run only, as the image has them
         environment.update(HOME=directory.home, TMPDIR=directory.tmp)
-    for name in [name for name in os.environ if name not in environment]:
+    for name in _inherited.keys() - environment.keys():
         del os.environ[name]
-    for name in environment:
-        if os.environ.get(name) != environment[name]:
-            os.environ[name] = environment[name]
+    for name, value in environment.items():
+        if _inherited.get(name) != value:
+            os.environ[name] = value
     working_dir = spec.get("working_dir") or directory.work
     try:
         os.chdir(working_dir)
     except OSError as error:
         raise FlowError(f"cannot enter working_dir {working_dir}: {error.strerror}") from None
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = _standard_stream(number)
+    for name, stream in zip(("stdin", "stdout", "stderr"), _streams):
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.argv = [spec["source"].get("path") or spec["source"].get("module") or ""]
@@ -229,8 +236,24 @@ def _settle(directory: RunDirectory, spec: Mapping[str, Any]) -> None:
     gc.enable()
 
 
+def _make_streams() -> list[io.TextIOWrapper]:
+    """What flows have as standard input, output and error. What they will write to is a pipe, and what a
+    stream is made for is looked at once: so they are made for one."""
+    own = [os.dup(1), os.dup(2)]
+    pipe = os.pipe()
+    for number in (1, 2):
+        os.dup2(pipe[1], number)
+    try:
+        return [_standard_stream(number) for number in range(3)]
+    finally:
+        for number, fd in zip((1, 2), own):
+            os.dup2(fd, number)
+        for fd in (*own, *pipe):
+            os.close(fd)
+
+
 def _standard_stream(number: int) -> io.TextIOWrapper:
-    """Standard input, output or error. Lines are written when they end, bytes at once: no kill loses them."""
+    """Lines are written when they end, bytes at once: no kill loses them."""
     raw = open(number, "rb" if number == 0 else "wb", buffering=0)  # noqa: SIM115 - for the process' life
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
@@ -238,7 +261,6 @@ def _standard_stream(number: int) -> io.TextIOWrapper:
 def _execute(directory: RunDirectory, spec: Mapping[str, Any], secrets: dict[str, str]) -> dict[str, Any]:
     """Load and run the flow; the outcome as the agent records it."""
     emitter = Emitter(os.dup(1))  # its own, so that user code may redirect or close standard output
-    log_as_events()
     _events.emitter = emitter
     values = {
         "run_id": spec["run_id"],
@@ -249,7 +271,7 @@ def _execute(directory: RunDirectory, spec: Mapping[str, Any], secrets: dict[str
         "scheduled_for": datetime.fromtimestamp(spec["scheduled_for"], timezone.utc),
         "secrets": secrets,
     }
-    with run_context(values):
+    with RunContext(values):
         return _load_and_run(directory, spec, emitter)
 
 
@@ -320,8 +342,8 @@ class _EventHandler(logging.Handler):
 _events = _EventHandler()
 
 
-def log_as_events() -> None:
-    """Have the root logger write events. A launcher does that for all that it forks."""
+def _log_as_events() -> None:
+    """Have the root logger write events."""
     root = logging.root
     if root.handlers != [_events]:
         root.handlers[:] = [_events]

@@ -53,6 +53,7 @@ class Contained(Sandbox):
 
     def confine(self, level: str, run: RunDirectory, spec: Mapping[str, Any], limit: limits.Limits) -> None:
         self._limit(limit)
+        limits.apply_open_files(limit)
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
 
 

@@ -31,9 +31,12 @@ class Event(NamedTuple):
     data: dict[str, Any]
 
 
+_to_json = json.JSONEncoder(separators=(",", ":"), default=str).encode
+
+
 def encode(event: dict[str, Any]) -> bytes:
     """Frame one event. JSON escapes all control characters, so neither RS nor LF occurs inside."""
-    return RS + json.dumps(event, separators=(",", ":"), default=str).encode() + LF
+    return RS + _to_json(event).encode() + LF
 
 
 class Splitter:

@@ -13,7 +13,6 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 
 from flowagent.runtime import credentials, linux
 
@@ -97,9 +96,11 @@ class Bound:
 
         It takes some 100 µs on a machine with 300 sockets, and 20 µs for each that was not there before."""
         known, self._places = self._places, {}
-        with suppress(OSError):
+        try:
             for name in _PATH.findall(_read(BOUND)):
                 self._places[name] = known.get(name) or os.path.realpath(os.fsdecode(name))
+        except OSError:
+            pass
         return self._places.values()
 
 
@@ -148,19 +149,25 @@ def isolate(
             mode = os.lstat(path).st_mode
         except OSError:
             continue
-        with suppress(FileNotFoundError):  # it is gone since
+        try:
             if stat.S_ISDIR(mode):
                 linux.mount(empty, path, None, linux.MS_BIND)  # half the cost of a file system of its own
             elif stat.S_ISSOCK(mode):
                 linux.mount("/dev/null", path, None, linux.MS_BIND)
+        except FileNotFoundError:
+            pass  # it is gone since
     linux.set_read_only("/", True)
     for path in kept:
         linux.set_read_only(path, False)
     size = "" if memory is None else f",size={memory}"
-    with suppress(FileNotFoundError):
-        linux.mount("shm", SHARED_MEMORY, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=1777" + size)
-    with suppress(FileNotFoundError):
-        linux.mount("pts", TERMINALS, "devpts", linux.MS_NOSUID, "newinstance,ptmxmode=666,mode=600")
+    for kind, path, flags, options in (
+        ("tmpfs", SHARED_MEMORY, linux.MS_NOSUID | linux.MS_NODEV, "mode=1777" + size),
+        ("devpts", TERMINALS, linux.MS_NOSUID, "newinstance,ptmxmode=666,mode=600"),
+    ):
+        try:
+            linux.mount(kind, path, kind, flags, options)
+        except FileNotFoundError:
+            pass
 
 
 def possible(directory: str) -> str | None:

@@ -72,16 +72,21 @@ def size(number: float) -> str:
 
 
 def apply(limits: Limits, *, memory: bool) -> None:
-    """Set this process' own limits, which all that it starts inherits. ``memory``: by them, too.
+    """Set this process' own limits but that of open files, which all that it starts inherits. ``memory``: by
+    them, too.
 
     :raises OSError: the system allows less than was asked for."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _lower(resource.RLIMIT_NOFILE, limits.open_files)
     _lower(resource.RLIMIT_FSIZE, limits.file_size)
     if limits.cpu_time is not None:
         _lower(resource.RLIMIT_CPU, max(1, round(limits.cpu_time + 0.5)))
     if memory:  # of one process only; the supervisor adds them up
         _lower(resource.RLIMIT_DATA, limits.memory)
+
+
+def apply_open_files(limits: Limits) -> None:
+    """The same for open files: of those that are open already, none is closed."""
+    _lower(resource.RLIMIT_NOFILE, limits.open_files)
 
 
 def _lower(kind: int, value: float | None) -> None:

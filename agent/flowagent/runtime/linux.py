@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import suppress
+import signal
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
-for _name in ("prctl", "capset", "unshare", "mount", "fallocate"):
+for _name in ("prctl", "capset", "unshare", "mount", "fallocate", "pthread_sigmask"):
     getattr(libc, _name)  # looked up once, here: it is kept then
 
 PR_SET_PDEATHSIG = 1
@@ -34,6 +34,8 @@ SECBIT_NOROOT_LOCKED = 0b11
 """SECBIT_NOROOT and its lock: executing a program as root gives no capabilities back."""
 CAPABILITY_VERSION_3 = 0x20080522
 FALLOC_FL_KEEP_SIZE = 1
+SIGSET_SIZE = 128
+"""Bytes of a sigset_t, of glibc and of musl."""
 
 
 def checked(result: int, what: str) -> int:
@@ -49,6 +51,11 @@ def prctl(option: int, value: int, what: int = 0) -> None:
     checked(libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(what), 0, 0), f"prctl {option}")
 
 
+def unblock_signals() -> None:
+    """Let all signals come. The signal module would make an enumeration of those that were blocked."""
+    libc.pthread_sigmask(signal.SIG_SETMASK, bytes(SIGSET_SIZE), None)
+
+
 def make_undumpable() -> None:
     """Keep other processes of this user from reading this one's memory and environment."""
     prctl(PR_SET_DUMPABLE, 0)
@@ -62,8 +69,10 @@ def set_process_name(name: str) -> None:
 def drop_capabilities() -> None:
     """Give up all capabilities for good, also those that root gets by executing a program."""
     if os.geteuid() == 0:
-        with suppress(PermissionError):  # without CAP_SETPCAP there is nothing left to come back
+        try:
             prctl(PR_SET_SECUREBITS, SECBIT_NOROOT_LOCKED)
+        except PermissionError:
+            pass  # without CAP_SETPCAP there is nothing left to come back
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     checked(libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
 

@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import importlib
 import os
+import stat
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 from flowagent.flows.base import BaseFlow
 from flowagent.flows.errors import FlowLoadError, FlowNotFoundError
-from flowagent.flows.loading import loading
+from flowagent.flows.loading import Loading
 from flowagent.runtime import bytecode
 
 
@@ -69,7 +70,7 @@ def load_script(
         raise FlowLoadError(
             f"{path} has sha-256 {digest}, registered was {sha256}: refused; register it again"
         )
-    directory = os.path.dirname(path)
+    directory = path.rpartition("/")[0]
     package, top = _package_of(directory)
     for entry in (root, top, directory):
         if entry not in sys.path:
@@ -90,7 +91,7 @@ def load_script(
     module.__file__ = path
     sys.modules[name] = module
     try:
-        with loading():
+        with Loading():
             # These very bytes are what the digest speaks of, whatever is written to the file meanwhile.
             exec(bytecode.compiled(text, path, kept), module.__dict__)  # noqa: S102
     except BaseException:
@@ -103,7 +104,7 @@ def load_module(reference: str) -> tuple[list[BaseFlow], str | None]:
     """Import ``pkg.mod`` or ``pkg.mod:attr.path``; the flows there and the digest of the module's file."""
     name, _, attribute = reference.partition(":")
     try:
-        with loading():
+        with Loading():
             module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         # Only the module asked for or a package above it: a missing import of its own is the user's error.
@@ -120,7 +121,7 @@ def load_module(reference: str) -> tuple[list[BaseFlow], str | None]:
         except AttributeError:
             raise FlowLoadError(f"module {name} has no attribute {attribute!r}") from None
         if callable(value) and not isinstance(value, BaseFlow):
-            with loading():
+            with Loading():
                 value = value()
         if not isinstance(value, BaseFlow):
             raise FlowLoadError(f"{reference} is a {type(value).__name__}, not a flow")
@@ -145,7 +146,7 @@ def _load_pickle(source: Mapping[str, Any]) -> Loaded:
             data = file.read()
     except OSError as error:
         raise FlowLoadError(f"cannot read {path}: {error.strerror}") from None
-    with loading():
+    with Loading():
         flow = pickles.load(data, source.get("sha256"), source.get("made_with") or {})
     return Loaded(flow, hashlib.sha256(data).hexdigest())
 
@@ -171,6 +172,8 @@ def choose(flows: list[BaseFlow], name: str | None, where: str) -> BaseFlow:
     """The flow called ``name``; without a name the only one.
 
     :raises FlowNotFoundError: there is none, or it is not clear which; the message lists what was found."""
+    if len(flows) == 1 and name in (None, flows[0].name):
+        return flows[0]
     names = [flow.name for flow in flows]
     twice = sorted({found for found in names if names.count(found) > 1})
     if twice:
@@ -178,9 +181,7 @@ def choose(flows: list[BaseFlow], name: str | None, where: str) -> BaseFlow:
     if not flows:
         raise FlowNotFoundError(f"{where} holds no flow; is one assigned at the top level?")
     if name is None:
-        if len(flows) > 1:
-            raise FlowNotFoundError(f"{where} holds {len(flows)} flows, name one: {_listed(names)}")
-        return flows[0]
+        raise FlowNotFoundError(f"{where} holds {len(flows)} flows, name one: {_listed(names)}")
     for flow in flows:
         if flow.name == name:
             return flow
@@ -214,10 +215,17 @@ def _real(path: str) -> str:
         os.close(fd)
 
 
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 def _package_of(directory: str) -> tuple[str, str]:
     """The dotted package that a directory is, by its ``__init__.py``, and the directory above its top."""
     parts: list[str] = []
-    while os.path.isfile(os.path.join(directory, "__init__.py")):
+    while _is_file(directory + "/__init__.py"):
         directory, name = os.path.split(directory)
         if not name.isidentifier():
             break

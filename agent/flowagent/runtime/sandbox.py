@@ -16,7 +16,6 @@ import signal
 import stat
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from flowagent.flows.errors import FlowError
@@ -54,7 +53,7 @@ class Rules(NamedTuple):
     @property
     def empty(self) -> str:
         """A directory of the agent's with nothing in it."""
-        return os.path.join(os.path.dirname(self.runs), "empty")
+        return self.runs.rpartition("/")[0] + "/empty"
 
     def to_json(self) -> str:
         return json.dumps(self._asdict(), sort_keys=True)
@@ -203,8 +202,10 @@ class Sandbox:
             self._bound.look()  # again with a run; what it touches of memory makes the first time slow
         if self.abi:
             self._readable.refresh()
-            with suppress(OSError):  # tried again when there is a run, whose reason then says why
+            try:
                 self._ruleset = self._common_ruleset({})
+            except OSError:
+                pass  # tried again when there is a run, whose reason then says why
 
     def _common_ruleset(self, ports: Mapping[str, Any]) -> landlock.Ruleset:
         ruleset = landlock.Ruleset(self.abi, connect=ports.get("connect"), bind=ports.get("bind"))
@@ -221,7 +222,7 @@ class Sandbox:
         isolated = level == LANDLOCK and self._isolates
         if level != NAMESPACE:  # there it was done before
             # a flow may be left fewer descriptors than its rules are kept in: that limit comes after them
-            self._limit(limit._replace(open_files=None))
+            self._limit(limit)
         if isolated:
             granted = (*grants["read"], *grants["write"])
             covered = [path for path in self.rules.covered if not _opened(path, granted)]
@@ -243,7 +244,7 @@ class Sandbox:
                     "(LimitNOFILE, ulimit -n) or the machine's (fs.file-max) is to be raised"
                 ) from error
         if level != NAMESPACE:
-            limits.apply(limits.Limits(open_files=limit.open_files), memory=False)
+            limits.apply_open_files(limit)
         if self._filters:
             own_ipc = isolated or level == NAMESPACE
             network = seccomp.OFFLINE if not grants["network"] else seccomp.ONLINE
@@ -254,6 +255,7 @@ class Sandbox:
     def confine_outside(self, limit: limits.Limits) -> None:
         """What has to be done before a process enters namespaces in which it will :meth:`confine` itself."""
         self._limit(limit)
+        limits.apply_open_files(limit)
         self._change_user()
         hidden = [*credentials.places(), *self.rules.denied, *self.rules.covered, self.rules.home]
         # Whether the run has the network is not known here; where it has, names are looked up by DNS itself.
@@ -309,11 +311,14 @@ class Sandbox:
             ruleset.allow(path, landlock.READ, exactly=True)
         for path in grants["write"]:
             ruleset.allow(path, every | landlock.READ, exactly=True)
-        with suppress(OSError):  # not every machine has it
-            ruleset.allow(isolation.SHARED_MEMORY, every)
-        if isolated or namespaces:  # elsewhere they are those at which people type
-            with suppress(OSError):
-                ruleset.allow(isolation.TERMINALS, WRITE_DEVICE)
+        own = [(isolation.SHARED_MEMORY, every)]
+        if isolated or namespaces:  # elsewhere terminals are those at which people type
+            own.append((isolation.TERMINALS, WRITE_DEVICE))
+        for path, rights in own:
+            try:
+                ruleset.allow(path, rights)
+            except OSError:
+                pass  # not every machine has it
         if namespaces:
             ruleset.allow(PRIVATE_TMP, every)
         ruleset.enforce()

@@ -78,8 +78,7 @@ def prepare_flows() -> None:
     """Do once what all flow processes would have to do alike."""
     from flowagent.runtime import child
 
-    child.prepare_signals()
-    child.log_as_events()
+    child.prepare()
 
 
 def rehearse_flows() -> None:
