@@ -471,7 +471,10 @@ async def test_an_agent_is_killed_in_the_middle_of_a_checkout(tmp_path: Path) ->
         await here.cache.sweep()
         storage = here.of(str(repository.bare))
         assert len(await here.tree(storage)) == 6001
-        assert left_over(here) == []
+        with anyio.fail_after(10):  # its git may outlive it for a moment, and goes on writing
+            while left_over(here):
+                await anyio.sleep(0.05)
+                await here.cache.prune()
 
 
 async def test_two_agents_on_one_cache_fetch_once(large: Repository, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def entries(root: Path) -> list[CacheEntry]:
 
 
 def prune(root: Path, max_bytes: int | None, max_age: float | None, keep: int) -> list[CacheEntry]:
-    """Remove unused sources by age, then by size; the ``keep`` most recently used are spared."""
+    """Remove unused sources by age, then by size; the ``keep`` most recently used are spared. What a program
+    that outlived its agent for a moment was still writing goes, too."""
     found = entries(root)
     total = sum(entry.bytes for entry in found)
     oldest = -float("inf") if max_age is None else time.time() - max_age
@@ -47,6 +48,7 @@ def prune(root: Path, max_bytes: int | None, max_age: float | None, keep: int) -
         if _collect(Place(root, entry.key)):
             removed.append(entry)
             total -= entry.bytes
+    sweep(root)
     return removed
 
 
