@@ -1,5 +1,6 @@
 """Run directories are made ahead and removed by a thread of its own, whatever is in their place."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,7 @@ async def test_what_is_to_be_removed_goes_whatever_a_flow_left_in_it(tmp_path: P
 async def test_a_full_disk_is_said_to_the_attempt_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workshop = make_workshop(tmp_path, 1)
+    workshop = make_workshop(tmp_path, 3)
     full = OSError(28, "No space left on device")
 
     def fail(run: RunDirectory) -> None:
@@ -89,10 +90,36 @@ async def test_a_full_disk_is_said_to_the_attempt_and_ends_nothing(
         with monkeypatch.context() as patched:
             patched.setattr(RunDirectory, "make", fail)
             tasks.start_soon(workshop.run)
+            await until(lambda: workshop._made == 1)
             with pytest.raises(OSError, match="No space"):
                 workshop.make(RunDirectory(tmp_path / "r.1"))
             await until(lambda: workshop._jobs.empty())
             await until(lambda: not list(tmp_path.glob(SPARE + "*")))
         workshop.make(RunDirectory(tmp_path / "r.2"))
-        await until(lambda: len(spares(tmp_path)) == 1)
+        await until(lambda: len(spares(tmp_path)) == 3)
         await workshop.close()
+
+
+async def test_one_that_left_does_nothing_more_where_another_works(tmp_path: Path) -> None:
+    first, second = make_workshop(tmp_path, 2), make_workshop(tmp_path, 2)
+    later, goes_on = RunDirectory(tmp_path / "r.1"), threading.Event()
+    later.make()
+
+    def hang() -> None:
+        goes_on.wait(10)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(first.run)
+        await until(lambda: len(spares(tmp_path)) == 2)
+        first._jobs.put(hang)
+        first.remove(later)
+        await until(lambda: first._jobs.qsize() == 1)
+        tasks.cancel_scope.cancel()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(second.run)
+        await until(lambda: len(spares(tmp_path)) == 4)
+        goes_on.set()
+        await until(lambda: first._jobs.qsize() == 1)  # what ends its thread is not taken any more
+        await second.close()
+    assert len(spares(tmp_path)) == 2
+    assert Path(later.results).is_dir()

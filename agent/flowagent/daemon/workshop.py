@@ -27,23 +27,24 @@ class Workshop:
 
     def __init__(self, runs: Path, spares: int, log: Log) -> None:
         """``spares``: how many directories are kept ready, as many as attempts may begin at the same time."""
-        self._prefix = f"{runs}/{SPARE}"
+        self._prefix = f"{runs}/{SPARE}{os.urandom(4).hex()}-"  # one that left may still be at work here
         self._most = min(spares, MOST_SPARES)
         self._log = log
         self._made = 0
         self._spares: deque[RunDirectory] = deque()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._left = False
         self._closed = anyio.Event()
 
     async def run(self) -> None:
         """Work until closed, or cancelled: what is not removed by then the next agent of this name finds."""
-        for _ in range(self._most):
-            self._jobs.put(self._make_spare)
+        self._jobs.put(self._make_spares)
         try:
             await anyio.to_thread.run_sync(
                 self._serve, limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True
             )
         finally:
+            self._left = True
             self._jobs.put(None)
             self._closed.set()
 
@@ -54,32 +55,38 @@ class Workshop:
 
     def make(self, run: RunDirectory) -> None:
         """Make the directory of an attempt. :raises OSError: it cannot be made."""
-        try:
-            os.rename(self._spares.popleft().path, run.path)
-        except (IndexError, OSError):  # more begin at once than there are, or somebody tidied up here
+        if self._spares:
+            spare = self._spares.popleft()
+            try:
+                os.rename(spare.path, run.path)
+            except OSError:  # somebody tidied up here
+                self.remove(spare)
+                run.make()
+        else:  # more begin at once than there are
             run.make()
-        self._jobs.put(self._make_spare)
+        self._jobs.put(self._make_spares)
 
     def remove(self, run: RunDirectory) -> None:
         """Remove it soon, whatever is in it."""
         self._jobs.put(run.remove)
 
     def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._left:
             try:
                 job()
             except Exception:
                 self._log.exception("a run directory could not be made or removed")
-        for spare in self._spares:
-            spare.remove()
+        if not self._left:
+            for spare in self._spares:
+                spare.remove()
 
-    def _make_spare(self) -> None:
-        if len(self._spares) < self._most:
+    def _make_spares(self) -> None:
+        while len(self._spares) < self._most and not self._left:
             self._made += 1
             spare = RunDirectory(f"{self._prefix}{self._made}")
             try:
                 spare.make()
             except OSError:  # the attempt that would have taken it meets the same, and says it
                 spare.remove()
-            else:
-                self._spares.append(spare)
+                return
+            self._spares.append(spare)
