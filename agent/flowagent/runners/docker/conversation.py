@@ -28,16 +28,25 @@ REMOVED = {"gone": "its container was removed by somebody else"}
 class Conversation:
     """Talks with the container of one attempt, for as long as it lives, through any failure of the engine.
 
-    ``clock`` is what is to be added to this machine's boot time for that of the container's machine."""
+    ``clock`` is what is to be added to this machine's boot time for that of the container's machine.
+    ``lingers``: it is to end by itself, for those who look at it later."""
 
     def __init__(
-        self, engine: Engine, container: str, run: RunDirectory, limits: Limits, boot_id: str
+        self,
+        engine: Engine,
+        container: str,
+        run: RunDirectory,
+        limits: Limits,
+        boot_id: str,
+        *,
+        lingers: bool = False,
     ) -> None:
         self.container = container
         self._engine = engine
         self._run = run
         self._limits = limits
         self._boot_id = boot_id
+        self._lingers = lingers
         self._channel: Channel | None = None
         self._word = anyio.Event()
         self._lease: float | None = None
@@ -83,7 +92,15 @@ class Conversation:
     async def kill(self) -> None:
         """End it by force, if it lives."""
         with suppress(EngineError):
+            await self._kill()
+
+    async def _kill(self) -> None:
+        """:raises EngineError: it may live on."""
+        try:
             await self._engine.call("POST", f"/containers/{self.container}/kill")
+        except EngineError as error:
+            if error.status not in (404, 409):  # gone, or ended
+                raise
 
     async def _speak(self, tasks: TaskGroup) -> None:
         while True:
@@ -122,7 +139,9 @@ class Conversation:
                 except BrokenLogError as error:
                     broken = str(error)
                 state: Mapping[str, Any] = {}
-                if not follower.done:
+                if follower.done and not self._lingers:
+                    await self._kill()  # nothing but its end is left of it, which takes an engine a while
+                else:
                     state = (await self._engine.call("GET", f"/containers/{self.container}/json"))["State"]
             except EngineError as error:
                 if error.status == 404:
@@ -150,8 +169,8 @@ class Conversation:
                 follower.feed(data)
                 if follower.began and not self._met:
                     self._meet(follower)
-                if follower.done:
-                    return  # an engine takes its time to say that a container has ended
+                if follower.done and not self._lingers:
+                    return
 
     def _meet(self, follower: Follower) -> None:
         """The supervisor has spoken first. On another machine it waits for a lease in its own time."""

@@ -37,8 +37,6 @@ from flowagent.settings import Settings
 PYTHON = "python3"
 OWNER = "owner"
 """The file in the agent's directory that says what its containers are labelled with."""
-LAST_BREATH = 2.0
-"""Seconds that a container may take to end whose flow has ended, before it is made to."""
 KEPT = "-kept"
 """At the end of the name of a container that is kept."""
 
@@ -144,7 +142,9 @@ class DockerRunner:
         self._conversations[order.run.path] = self._conversation(container, order.run)
 
     def _conversation(self, container: str, run: RunDirectory) -> Conversation:
-        return Conversation(self._engine, container, run, self._rules.limits, self._boot_id)
+        lingers = self._settings.keep == "failed"
+        limits = self._rules.limits
+        return Conversation(self._engine, container, run, limits, self._boot_id, lingers=lingers)
 
     @property
     def _default_image(self) -> str:
@@ -242,9 +242,6 @@ class DockerRunner:
         found = await self._find(run)
         if found is None:
             return
-        if found["State"]["Running"] and "ended" in run.status():
-            with anyio.move_on_after(LAST_BREATH), suppress(EngineError):  # the flow has: it does at once
-                await self._engine.call("POST", f"/containers/{found['Id']}/wait")
         if failed and self._settings.keep == "failed":
             with suppress(EngineError):
                 await self._engine.call("POST", f"/containers/{found['Id']}/kill")
