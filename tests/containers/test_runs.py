@@ -86,6 +86,15 @@ def test_any_run_config_that_asks_for_no_other_runner_will_do(yard: Site) -> Non
     assert "\n42\n" in "\n" + text(yard, _done(yard, "anyhow", "-p", "n=41"))
 
 
+def test_files_beside_a_flow_take_no_place_of_what_runs_it(yard: Site) -> None:
+    for name in ("queue", "inspect", "random", "pickle", "dataclasses", "logging"):
+        yard.write(f"beside/{name}.py", "this is no Python")
+    code = "@task\ndef work():\n    print('worked')"
+    yard.write("beside/crowded.py", FLOW.format(code=code, name="crowded", config=""))
+    yard.command("register", yard.sources / "beside" / "crowded.py")
+    assert text(yard, _done(yard, "crowded")) == "worked\n"
+
+
 def _done(site: Site, name: str, *options: str) -> str:
     run = site.submit(name, *options)
     shown = site.wait_for(run)

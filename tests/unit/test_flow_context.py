@@ -37,6 +37,25 @@ def test_temporary_values() -> None:
     assert "colour" not in context
 
 
+def test_threads_see_the_run_that_is_on() -> None:
+    seen = []
+
+    def look() -> None:
+        seen.append(context.get("run_id"))
+
+    def from_a_thread() -> None:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+
+    with RunContext({"run_id": "outer"}):
+        with RunContext({"run_id": "inner"}):
+            from_a_thread()
+        from_a_thread()
+    from_a_thread()
+    assert seen == ["inner", "outer", None]
+
+
 def test_dates_follow_the_schedule() -> None:
     with context(scheduled_for=datetime.datetime(2026, 3, 1, tzinfo=datetime.UTC)):
         assert (context.today, context.yesterday, context.tomorrow_nodash) == (

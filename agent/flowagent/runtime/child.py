@@ -117,7 +117,8 @@ def rehearse() -> None:
         with RunContext({"run_id": "", "parameters": {}, "attempt": 0, "secrets": {}}):
             loaded = loader.load(source, "rehearsal")
             emitter.emit("loaded", flow=loaded.flow.name, sha256=loaded.sha256)
-            loaded.flow.execute({}, _Observer(emitter, RunDirectory("/nonexistent")))
+            state = loaded.flow.execute({}, _Observer(emitter, RunDirectory("/nonexistent")))
+            assert state.is_successful(), state.message
     finally:
         os.close(null)
         sys.path[:] = path

@@ -100,13 +100,13 @@ def _make_place() -> str:
     """A directory of our own, where temporary files are; tempfile would first import half of the library.
 
     :raises OSError: none can be made."""
-    for directory in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp"):  # noqa: S108 - the name cannot be guessed
+    for directory in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "."):  # noqa: S108 - its name is a secret
         if directory:
-            place = os.path.join(directory, f"flowagent-{os.urandom(8).hex()}")
+            place = os.path.join(os.path.abspath(directory), f"flowagent-{os.urandom(8).hex()}")
             with suppress(OSError):
                 os.mkdir(place, 0o700)
                 return place
-    raise OSError("there is no directory for temporary files: neither TMPDIR, nor /tmp, nor /var/tmp")
+    raise OSError("neither TMPDIR, nor /tmp, /var/tmp or the working directory can be written to")
 
 
 def unpack(files: list[list[Any]], stream: BinaryIO, directory: str) -> None:
@@ -162,6 +162,7 @@ def execute(
 
     output = os.dup(1)
     os.dup2(2, 1)  # nothing but the relay writes there
+    warmth.preload([])  # later, files beside the flow could take the place of what the library has
     warmth.prepare_flows()
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
