@@ -200,10 +200,11 @@ def test_whose_token_a_kubeconfig_has(tmp_path: Path) -> None:
 
 
 def test_a_context_of_any_file(tmp_path: Path) -> None:
-    """As kubectl finds it; relative paths are those of its own file."""
+    """As for kubectl: of the same name the first; relative paths are those of its own file."""
     here, there = tmp_path / "here" / "config", tmp_path / "there" / "config"
     second = kubeconfig("second", tokenFile="token")
     second["contexts"][0]["name"] = second["current-context"] = "y"
+    second["users"][0]["name"] = second["contexts"][0]["context"]["user"] = "v"
     for path, content in ((here, kubeconfig("first")), (there, second)):
         path.parent.mkdir()
         path.write_text(json.dumps(content))
@@ -217,6 +218,22 @@ def test_a_context_of_any_file(tmp_path: Path) -> None:
         Cluster(context="z", environ=listed)
     here.write_text(json.dumps({**kubeconfig("first"), "current-context": ""}))
     assert Cluster(environ=listed).namespace == "second"
+
+
+def test_kubeconfigs_of_which_each_has_a_part(tmp_path: Path) -> None:
+    whole = kubeconfig("whole", tokenFile="token")
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / "token").write_text(AGENT)
+    parts = {"current": ["current-context"], "users/config": ["users"], "rest": ["clusters", "contexts"]}
+    for name, keys in parts.items():
+        (tmp_path / name).write_text(json.dumps({key: whole[key] for key in keys}))
+    (tmp_path / "empty").write_text("")
+    listed = ":".join(str(tmp_path / name) for name in (*parts, "empty"))
+    found = Cluster(environ={"KUBECONFIG": listed})
+    assert found.namespace == "whole" and found.account == ("flows", "agent")
+    (tmp_path / "empty").write_text("a: [")
+    with pytest.raises(SettingsError, match=f"^{listed} cannot be used: "):
+        Cluster(environ={"KUBECONFIG": listed})
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from flowagent.kubernetes.names import Account, account_of, is_label
 
 if TYPE_CHECKING:
     import httpx2
-    from lightkube.config.kubeconfig import KubeConfig, SingleConfig
+    from lightkube.config.kubeconfig import SingleConfig
 
 TIMEOUT = 20.0
 """Seconds that the API may take to answer."""
@@ -31,6 +31,8 @@ WATCHED = 240
 EXTRA = "install flowagent[kubernetes]"
 MERGE = "application/merge-patch+json"
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+PATHS = frozenset({"certificate-authority", "client-certificate", "client-key", "tokenFile"})
+"""What is a path in a kubeconfig."""
 EXEC_VERSION = "client.authentication.k8s.io/v1"
 
 
@@ -228,7 +230,9 @@ def _config(context: str | None, environ: Mapping[str, str]) -> SingleConfig:
     where = os.pathsep.join(map(str, files)) if by_file else str(SERVICE_ACCOUNT)
     try:
         if by_file:
-            found = _chosen([KubeConfig.from_file(str(file)) for file in files], context)
+            one = len(files) == 1
+            known = KubeConfig.from_file(files[0]) if one else KubeConfig.from_dict(_merged(files), files[0])
+            found = known.get(context)
         else:
             found = KubeConfig.from_service_account(SERVICE_ACCOUNT).get(context)
         assert found is not None and found.user is not None, "it names no user"
@@ -240,11 +244,26 @@ def _config(context: str | None, environ: Mapping[str, str]) -> SingleConfig:
     return found
 
 
-def _chosen(known: Sequence[KubeConfig], context: str | None) -> SingleConfig | None:
-    """The context that is named, or else the first current one, of whichever file has it."""
-    name = context or next((each.current_context for each in known if each.current_context), None)
-    holder = next((each for each in known if name in each.contexts), known[0])
-    return holder.get(name)
+def _merged(files: Sequence[Path]) -> dict[str, Any]:
+    """What several kubeconfigs are together, as for kubectl: of entries with the same name the first, with
+    paths relative to its own file. Each may have a part only."""
+    import yaml
+
+    found: dict[str, Any] = {"clusters": {}, "contexts": {}, "users": {}}
+    for file in files:
+        part = yaml.safe_load(file.read_text("utf-8")) or {}
+        found["current-context"] = found.get("current-context") or part.get("current-context")
+        for kind in ("clusters", "contexts", "users"):
+            for entry in part.get(kind) or ():
+                found[kind].setdefault(entry["name"], _located(entry, kind.removesuffix("s"), file))
+    return {key: list(value.values()) if isinstance(value, dict) else value for key, value in found.items()}
+
+
+def _located(entry: Mapping[str, Any], kind: str, file: Path) -> dict[str, Any]:
+    body = dict(entry.get(kind) or {})
+    for name in PATHS & body.keys():
+        body[name] = str(file.parent.absolute() / body[name])
+    return {**entry, kind: body}
 
 
 def _account(config: SingleConfig) -> Account | None:
