@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import IO
 
 from flowagent import ground
@@ -26,6 +26,8 @@ FLOWS = f"{HOME}/flows"
 PREFIX = ".flowagent-"
 """Of the names in a context that are ours."""
 LINK_OR_NOTHING = "is neither a file nor a directory; correct files="
+_CONTINUED = re.compile(r"\\[ \t]*\n")
+_VARIABLE = re.compile(r"\$(?:\{(?P<braced>\w+)(?::(?P<sign>[-+])(?P<other>[^}]*))?\}|(?P<plain>\w+))")
 
 
 @dataclass
@@ -150,17 +152,33 @@ def _files(path: Path) -> list[Path]:
 
 def _bases(dockerfile: Path, arguments: Mapping[str, Json]) -> list[str]:
     """The images that a Dockerfile builds on, for the credentials to pull them with."""
-    found, known = [], {}
-    for line in dockerfile.read_text("utf-8").splitlines():
+    found: list[str] = []
+    known: dict[str, str] = {}
+    stages: set[str] = set()
+    begun = False
+    for line in _CONTINUED.sub(" ", dockerfile.read_text("utf-8")).splitlines():
         instruction, *words = [word for word in line.split() if not word.startswith("--")] or [""]
-        if words and instruction.upper() == "ARG":
-            name, _, default = words[0].partition("=")
-            known[name] = arguments.get(name, default)
-        elif words and instruction.upper() == "FROM":
-            found.append(Template(words[0]).safe_substitute(known))
-    if not found:
+        if instruction.upper() == "ARG":
+            for word in words:
+                name, _, default = word.partition("=")
+                known[name] = str(arguments.get(name, default.strip("\"'")))
+        elif instruction.upper() == "FROM" and words:
+            image = _VARIABLE.sub(lambda match: _value(match, known), words[0].strip("\"'"))
+            if image.lower() not in {*stages, "scratch"}:
+                found.append(image)
+            stages |= {name.lower() for name in words[2:3]}  # FROM image AS name
+            begun = True
+    if not begun:
         raise BackendError(f"Docker: {dockerfile} has no FROM; give it one, or use base_image=")
     return found
+
+
+def _value(match: re.Match[str], known: Mapping[str, str]) -> str:
+    """What stands for a variable: ``$A``, ``${A}``, ``${A:-instead}`` or ``${A:+if set}``."""
+    value = known.get(match["braced"] or match["plain"], "")
+    if match["sign"] == "+":
+        return match["other"] if value else ""
+    return value or match["other"] or ""
 
 
 def _nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -13,6 +13,7 @@ from flowagent.docker import parse
 from flowagent.docker.credentials import build_auth, registry_auth
 from flowagent.docker.images import failure
 from flowagent.errors import BackendError, UsageError
+from flowagent_backends.docker_context import Context
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
@@ -151,3 +152,34 @@ async def test_a_configuration_that_is_none_is_said_on_one_line(tmp_path: Path, 
 def test_what_a_registry_says_is_told_apart(said: str, words: str, retryable: bool) -> None:
     error = failure("image x cannot be pulled", said)
     assert words in str(error) and error.retryable == retryable and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("dockerfile", "bases"),
+    [
+        ("FROM a.b/c:1\n", ["a.b/c:1"]),
+        (
+            "# FROM x\nfrom --platform=linux/amd64 a.b/c as Build\nFROM build\nFROM d.e/f\n",
+            ["a.b/c", "d.e/f"],
+        ),
+        ('ARG BASE="a.b/c:1" TAG=2\nFROM ${BASE}\nFROM d.e/f:$TAG\n', ["a.b/c:1", "d.e/f:2"]),
+        ("ARG HOST\nFROM ${HOST:-a.b}/c\nFROM d${HOST:+.e}/f\n", ["a.b/c", "d/f"]),
+        ("ARG NAME=x\nFROM a.b/$NAME\n", ["a.b/given"]),
+        ("FROM \\\n  a.b/c:1 \\\n  AS x\nFROM x\n", ["a.b/c:1"]),
+        ("FROM scratch\n", []),
+    ],
+)
+def test_what_a_dockerfile_builds_on(dockerfile: str, bases: list[str], tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text(dockerfile)
+    storage = {"dockerfile": str(tmp_path / "Dockerfile"), "build_kwargs": {"buildargs": {"NAME": "given"}}}
+    assert Context.outside_of_flow(storage).bases == bases
+
+
+def test_a_dockerfile_without_an_image_is_none(tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("RUN true\n")
+    with pytest.raises(BackendError, match="has no FROM"):
+        Context.outside_of_flow({"dockerfile": str(tmp_path / "Dockerfile")})
+
+
+def test_a_failure_that_nobody_explains() -> None:
+    assert str(failure("image x cannot be pulled", " ")) == "image x cannot be pulled"

@@ -117,6 +117,8 @@ async def _transfer(
 def failure(what: str, said: str, login: str = "log in: docker login") -> ImageError:
     """The error that an engine speaks of, with what to do about it. ``what`` failed; ``login``: what helps
     where the registry asks who one is."""
+    if not said.strip():
+        return ImageError(what, retryable=True)
     said = explained(" ".join(said.split())[:1000])  # names are repeated in it, and it ends with the reason
     if MAKE_ROOM in said:
         return ImageError(f"{what}: {said}")
