@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator, Mapping
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from flowagent.docker import Engine, EngineError
+from flowagent.docker import Engine
 from flowagent.runners.docker.conversation import Conversation
 from flowagent.runtime import relay
 from flowagent.runtime.events import encode
@@ -21,13 +22,22 @@ from flowagent.runtime.rundir import RunDirectory
 pytestmark = pytest.mark.anyio
 
 
-class SlowEngine:
-    """One whose container has said its last and takes long to end."""
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    """The first process of the container."""
+    with subprocess.Popen(["sleep", "60"]) as started:
+        yield started
+        started.kill()
 
-    def __init__(self, status: Mapping[str, Any]) -> None:
-        self.asked: list[str] = []
-        self.failing: list[EngineError] = []
+
+class SlowEngine:
+    """One that takes long to say that a container has ended."""
+
+    def __init__(self, status: Mapping[str, Any], pid: int, container: str, **host: str) -> None:
+        self.asked = 0
         self.may_end = anyio.Event()
+        self._state = {"Running": False, "ExitCode": 137, "OOMKilled": True, "Pid": pid}
+        self._found = {"Id": container, "State": self._state, "HostConfig": host}
         self._log = encode({"event": relay.BEGAN, "boot_id": "boot"}) + b"said\n"
         self._log += encode({"event": relay.ENDED, "status": dict(status)})
 
@@ -40,68 +50,82 @@ class SlowEngine:
         yield pieces()
 
     async def call(self, method: str, path: str, **_: Any) -> Any:
-        self.asked.append(f"{method} {path}")
-        if self.failing:
-            raise self.failing.pop()
-        return {"State": {"Running": False, "ExitCode": 137, "OOMKilled": True}}
+        self.asked += 1
+        return self._found
 
 
-def conversation(
-    tmp_path: Path, engine: SlowEngine, *, lingers: bool = False
-) -> tuple[Conversation, RunDirectory]:
+def conversation(tmp_path: Path, engine: SlowEngine) -> tuple[Conversation, RunDirectory]:
     run = RunDirectory(tmp_path / "r.1")
     run.make()
     run.hand_over({}, 0.0)
-    return Conversation(cast(Engine, engine), "c", run, Limits(), "boot", lingers=lingers), run
+    return Conversation(cast(Engine, engine), "c", run, Limits(), "boot"), run
 
 
 COMPLETED = {"exit_code": 0, "signal": None, "outcome": {"state": "completed"}}
 
 
-async def test_the_end_is_known_when_the_supervisor_has_told_it_and_nothing_lives_on(tmp_path: Path) -> None:
-    engine = SlowEngine(COMPLETED)
+def group_of(pid: int) -> str:
+    """What its control groups are called, and other processes' are not, as is the id of a container's."""
+    return Path(f"/proc/{pid}/cgroup").read_text().strip()
+
+
+async def test_the_end_is_known_when_the_supervisor_has_told_it_and_all_are_dead(
+    tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    engine = SlowEngine(COMPLETED, process.pid, group_of(process.pid))
     talk, run = conversation(tmp_path, engine)
-    with anyio.fail_after(5):
-        await talk.hold()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(talk.hold)
+        await anyio.wait_all_tasks_blocked()
+        assert "ended" not in run.status()
+        process.kill()
     status = run.status()
     assert (status["ended"], status["exit_code"], status["outcome"]["state"]) == (True, 0, "completed")
     assert Path(run.output_path).read_bytes() == b"said\n"
-    assert engine.asked == ["POST /containers/c/kill"]
+    assert engine.asked == 1
 
 
-async def test_an_end_that_may_be_told_by_the_flow_is_believed_when_the_container_is_dead(
+@pytest.mark.parametrize(
+    ("status", "container", "host"),
+    [
+        (COMPLETED, "another's", {}),
+        (COMPLETED, "", {"PidMode": "host"}),
+        ({"exit_code": None, "signal": int(signal.SIGKILL)}, "", {}),
+    ],
+)
+async def test_otherwise_the_engine_has_to_say_it(
+    status: dict[str, Any],
+    container: str,
+    host: dict[str, str],
     tmp_path: Path,
+    process: subprocess.Popen[bytes],
 ) -> None:
-    engine = SlowEngine(COMPLETED)
-    engine.failing = [EngineError("it has ended", 409), EngineError("the engine is being restarted")]
+    """Its first process is not seen, or not all die with it, or who sent a kill has to be asked."""
+    engine = SlowEngine(status, process.pid, container, **host)
     talk, run = conversation(tmp_path, engine)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(talk.hold)
         await anyio.wait_all_tasks_blocked()
-        assert "ended" not in run.status()
-    assert run.status()["exit_code"] == 0
-    assert engine.asked == ["POST /containers/c/kill"] * 2
-
-
-async def test_one_that_is_kept_ends_by_itself(tmp_path: Path) -> None:
-    engine = SlowEngine(COMPLETED)
-    talk, run = conversation(tmp_path, engine, lingers=True)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(talk.hold)
+        process.kill()
+        process.wait()
         await anyio.wait_all_tasks_blocked()
         assert "ended" not in run.status()
         engine.may_end.set()
-    assert run.status()["exit_code"] == 0
-    assert engine.asked == ["GET /containers/c/json"]
+    assert run.status()["ended"]
+    assert run.status().get("out_of_memory", False) is (status["signal"] == signal.SIGKILL)
+    assert engine.asked == 2
 
 
-async def test_who_sent_a_kill_the_engine_is_asked(tmp_path: Path) -> None:
-    engine = SlowEngine({"exit_code": None, "signal": int(signal.SIGKILL)})
+async def test_an_end_that_the_flow_has_told_is_not_believed_while_it_lives(
+    tmp_path: Path, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowagent.runners.docker.conversation.LAST_BREATH", 0.05)
+    engine = SlowEngine(COMPLETED, process.pid, group_of(process.pid))
     talk, run = conversation(tmp_path, engine)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(talk.hold)
-        await anyio.wait_all_tasks_blocked()
+        await anyio.sleep(0.2)
         assert "ended" not in run.status()
         engine.may_end.set()
-    assert run.status()["out_of_memory"] is True
-    assert engine.asked == ["GET /containers/c/json"]
+    assert run.status()["ended"]
+    assert engine.asked == 2

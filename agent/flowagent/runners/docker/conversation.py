@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,37 +23,31 @@ AGAIN = 0.5
 """Seconds before an engine that failed is asked again."""
 NOT_FOUND = 127
 """The exit code of init for a program that is not there."""
+LAST_BREATH = 0.5
+"""Seconds in which a container is sure to end after its supervisor's last words, if these were its own."""
 REMOVED = {"gone": "its container was removed by somebody else"}
 
 
 class Conversation:
     """Talks with the container of one attempt, for as long as it lives, through any failure of the engine.
 
-    ``clock`` is what is to be added to this machine's boot time for that of the container's machine.
-    ``lingers``: it is to end by itself, for those who look at it later."""
+    ``clock`` is what is to be added to this machine's boot time for that of the container's machine."""
 
     def __init__(
-        self,
-        engine: Engine,
-        container: str,
-        run: RunDirectory,
-        limits: Limits,
-        boot_id: str,
-        *,
-        lingers: bool = False,
+        self, engine: Engine, container: str, run: RunDirectory, limits: Limits, boot_id: str
     ) -> None:
         self.container = container
         self._engine = engine
         self._run = run
         self._limits = limits
         self._boot_id = boot_id
-        self._lingers = lingers
+        self._init: int | None = None  # a descriptor of the container's first process, where we see it
         self._channel: Channel | None = None
         self._word = anyio.Event()
         self._lease: float | None = None
         self._stop: tuple[str, float] | None = None
         self._clock = 0.0
-        self._met = False
+        self._met = self._dead = False
 
     # -- to the container ----------------------------------------------------------------------------
 
@@ -80,6 +75,9 @@ class Conversation:
                 await self._listen()
                 tasks.cancel_scope.cancel()
         finally:
+            if self._init is not None:
+                os.close(self._init)
+                self._init = None
             await self.close()
 
     async def close(self) -> None:
@@ -92,15 +90,7 @@ class Conversation:
     async def kill(self) -> None:
         """End it by force, if it lives."""
         with suppress(EngineError):
-            await self._kill()
-
-    async def _kill(self) -> None:
-        """:raises EngineError: it may live on."""
-        try:
             await self._engine.call("POST", f"/containers/{self.container}/kill")
-        except EngineError as error:
-            if error.status not in (404, 409):  # gone, or ended
-                raise
 
     async def _speak(self, tasks: TaskGroup) -> None:
         while True:
@@ -139,10 +129,8 @@ class Conversation:
                 except BrokenLogError as error:
                     broken = str(error)
                 state: Mapping[str, Any] = {}
-                if follower.done and not self._lingers:
-                    await self._kill()  # nothing but its end is left of it, which takes an engine a while
-                else:
-                    state = (await self._engine.call("GET", f"/containers/{self.container}/json"))["State"]
+                if not self._dead:
+                    state = (await self._inspect())["State"]
             except EngineError as error:
                 if error.status == 404:
                     self._run.note(REMOVED)
@@ -169,8 +157,21 @@ class Conversation:
                 follower.feed(data)
                 if follower.began and not self._met:
                     self._meet(follower)
-                if follower.done and not self._lingers:
+                    self._init = _first_process(await self._inspect())
+                if follower.done and await self._has_ended():
                     return
+
+    async def _has_ended(self) -> bool:
+        """Whether the kernel says so, now or in a moment; an engine says the same 45 ms later."""
+        if self._init is not None:
+            with anyio.move_on_after(LAST_BREATH):
+                await anyio.wait_readable(self._init)
+                self._dead = True
+        return self._dead
+
+    async def _inspect(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self._engine.call("GET", f"/containers/{self.container}/json")
+        return found
 
     def _meet(self, follower: Follower) -> None:
         """The supervisor has spoken first. On another machine it waits for a lease in its own time."""
@@ -203,3 +204,20 @@ class Conversation:
             said = f": {last}" if last else ""
             code = state.get("ExitCode")
             self._run.note({"gone": f"the container ended with exit code {code} before the flow had{said}"})
+
+
+def _first_process(found: Mapping[str, Any]) -> int | None:
+    """A descriptor of a container's first process, with whom all others die; None: the engine is on another
+    machine, or we are in a container and do not see it."""
+    pid, shared = found["State"].get("Pid"), found["HostConfig"].get("PidMode")
+    if not pid or shared:
+        return None
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return None
+    with suppress(OSError), open(f"/proc/{pid}/cgroup") as file:
+        if found["Id"] in file.read():
+            return process
+    os.close(process)  # that pid is somebody else's here
+    return None

@@ -142,9 +142,7 @@ class DockerRunner:
         self._conversations[order.run.path] = self._conversation(container, order.run)
 
     def _conversation(self, container: str, run: RunDirectory) -> Conversation:
-        lingers = self._settings.keep == "failed"
-        limits = self._rules.limits
-        return Conversation(self._engine, container, run, limits, self._boot_id, lingers=lingers)
+        return Conversation(self._engine, container, run, self._rules.limits, self._boot_id)
 
     @property
     def _default_image(self) -> str:
