@@ -439,12 +439,15 @@ def test_an_agent_and_its_git_are_killed_in_the_middle_of_a_fetch(large: Reposit
         url = f"git://127.0.0.1:{port}/large.git"
         first = subprocess.Popen(child(home, url))
         assert stopped.wait(60)
+        deadline = time.monotonic() + 30
+        while not list(home.rglob("tmp_pack_*")):  # git takes a moment to write what it was sent
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         first.kill()
         first.wait()
         for pid in processes(home):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        assert list(home.rglob("tmp_pack_*"))
         go_on.set()
         done = subprocess.run(child(home, url), capture_output=True, text=True, timeout=60)
         assert done.stdout.strip() == "2", done.stderr
