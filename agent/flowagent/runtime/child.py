@@ -185,13 +185,12 @@ def _enter_namespaces(
 
 
 def prepare() -> None:
-    """In a process that flow processes are forked from: what they inherit. SIGPIPE stays ignored."""
+    """Once in a process that flow processes are forked from: what they inherit. SIGPIPE stays ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, _stop)
     _log_as_events()
     _inherited.update(os.environ)
-    if not _streams:
-        _streams.extend(_make_streams())
+    _streams.extend(_make_streams())
 
 
 def _stop(*_: object) -> NoReturn:
@@ -345,11 +344,9 @@ _events = _EventHandler()
 
 def _log_as_events() -> None:
     """Have the root logger write events."""
-    root = logging.root
-    if root.handlers != [_events]:
-        root.handlers[:] = [_events]
-        root.setLevel(logging.INFO)
-        logging.captureWarnings(True)
+    logging.root.handlers[:] = [_events]
+    logging.root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
 
 
 class _Observer(Observer):

@@ -241,10 +241,10 @@ class RunDirectory:
 
     def remove(self) -> None:
         """Delete everything, whatever modes the flow left behind. Symbolic links are not followed."""
-        if not self.remove_own():
+        if not self._remove_own():
             _remove_tree(self.path)
 
-    def remove_own(self) -> bool:
+    def _remove_own(self) -> bool:
         """Delete what flowagent made, which is quick; whether that was all."""
         for path in (*self._files, self.uncompiled_path):
             with contextlib.suppress(OSError):
